@@ -1,0 +1,329 @@
+"""`llm-jax VERB`: finds the job, parses its flags, turns errors into one line each and an exit code.
+
+Exit codes are the contract with whatever started the command: 0 done; 75 stopped and saved after a preemption notice,
+so start again; 70 crashed; 78 bad flags, config or data, so starting again is useless; 130 interrupted by Ctrl-C.
+
+Nothing here imports JAX, numpy or a data library: help and messages about flags answer at once. The jobs do, in `run`.
+"""
+
+import dataclasses
+import errno
+import importlib
+import os
+import pathlib
+import select
+import shlex
+import sys
+import textwrap
+import traceback
+import typing
+
+import llm_jax
+from llm_jax.config import Config, UserError, flatten, validate
+from llm_jax.flags import OVERRIDE, load_config_file, load_saved_config, nearest, override
+
+CRASHED = 70
+BAD_INPUT = 78
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # as a shell reports SIGPIPE: whoever read our output went away
+
+ELSEWHERE = "or choose another place by --workdir, --config.data.cache_dir or --config.data.data_dir"
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+OS_ERROR_ADVICE = {
+    errno.ENOSPC: f"free some space {ELSEWHERE}; the same command then goes on",
+    errno.EDQUOT: f"free some space {ELSEWHERE}; the same command then goes on",
+    errno.EROFS: f"make it writable {ELSEWHERE}",
+    errno.EACCES: f"change its permissions {ELSEWHERE}",
+    errno.EPERM: f"change its permissions {ELSEWHERE}",
+    **dict.fromkeys(MISSING, "check the path"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag besides --config; `kind` names the absl.flags.DEFINE_ function, `options` are its keyword arguments."""
+
+    name: str
+    kind: str
+    help: str
+    options: dict = dataclasses.field(default_factory=dict)
+    default: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """llm_jax.jobs.VERB.run(config=, workdir=, as_json=, and one keyword for each flag) -> exit code, or None for 0."""
+
+    summary: str
+    explanation: str
+    example: str
+    flags: tuple[Flag, ...] = ()
+    reads_config_file: bool = True  # else the config is that of the workdir
+    needs_workdir: bool = True
+
+
+STEP = Flag("step", "integer", "of the checkpoint; default: the newest", {"lower_bound": 0})
+
+VERBS = {
+    "prepare": Verb(
+        summary="train the tokenizer and tokenize the data sets, once",
+        explanation="The result lies in data.cache_dir and is shared by all runs with the same data. `train` does this "
+        "by itself; do it beforehand to keep it off expensive machines. Interrupted, the same command goes on.",
+        example="llm-jax prepare --config=configs/quickstart.py",
+        needs_workdir=False,
+    ),
+    "train": Verb(
+        summary="train a model, and go on where an earlier start of the same command stopped",
+        explanation="Prepares the data if need be, resumes from the newest intact checkpoint in WORKDIR, evaluates at "
+        "the end. With a WORKDIR that has been started, --workdir alone is enough.",
+        example="llm-jax train --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=500",
+    ),
+    "evaluate": Verb(
+        summary="measure loss, perplexity and bits per byte on all held-out text",
+        explanation="Prints a table and writes WORKDIR/evaluate.json.",
+        example="llm-jax evaluate --workdir=runs/quickstart",
+        flags=(STEP, Flag("batch_size", "integer", "in sequences; changes no result", {"lower_bound": 1})),
+        reads_config_file=False,
+    ),
+    "generate": Verb(
+        summary="continue prompts with a trained model",
+        explanation="Prompts come from --prompt, from --prompts_file, or from standard input, one per line; blank "
+        "lines are skipped.",
+        example='llm-jax generate --workdir=runs/quickstart --prompt="The list is" --temperature=0.7',
+        flags=(
+            Flag("prompt", "multi_string", "text to continue; may be repeated"),
+            Flag("prompts_file", "string", "a file with one prompt per line; - is standard input"),
+            Flag("max_tokens", "integer", "new tokens per prompt, at most", {"lower_bound": 1}, default=128),
+            Flag(
+                "temperature", "float", "1 samples as the model says; 0 takes the likeliest", {"lower_bound": 0.0}, 1.0
+            ),
+            Flag("top_k", "integer", "sample from the k likeliest tokens only", {"lower_bound": 1}),
+            Flag("top_p", "float", "sample from the likeliest tokens that hold this probability"),
+            Flag("seed", "integer", "of the sampling", {"lower_bound": 0}, 0),
+            STEP,
+            Flag("stream", "boolean", "print while generating; default: on a terminal, for one prompt"),
+        ),
+        reads_config_file=False,
+    ),
+}
+
+
+def help_text() -> str:
+    lines = [
+        f"llm-jax {llm_jax.__version__}: {llm_jax.__doc__}",
+        "",
+        "Usage: llm-jax VERB [--config=FILE] [--config.SECTION.FIELD=VALUE ...] [--workdir=DIR] [--json]",
+        "",
+        *(f"  {name:10}{verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "`llm-jax VERB --help` shows the flags of a verb. Examples:",
+        "",
+        *(f"  {verb.example}" for verb in VERBS.values()),
+    ]
+    return "\n".join(lines)
+
+
+def verb_help_text(name: str) -> str:
+    verb = VERBS[name]
+
+    def row(flag: str, text: str) -> str:
+        return textwrap.fill(text, 110, initial_indent=f"  {flag:30}", subsequent_indent=" " * 32)
+
+    lines = [
+        f"llm-jax {name}: {verb.summary}",
+        "",
+        textwrap.fill(verb.explanation, 110),
+        "",
+        f"  {verb.example}",
+        "",
+        "Flags:",
+    ]
+    if verb.reads_config_file:
+        lines.append(row("--config=FILE", "a Python file with get_config() -> llm_jax.config.Config; see configs/"))
+    lines.append(
+        row("--workdir=DIR", "where the run lies" + ("" if verb.needs_workdir else "; not needed with --config"))
+    )
+    for flag in verb.flags:
+        shown = f"--[no]{flag.name}" if flag.kind == "boolean" else f"--{flag.name}=..."
+        lines.append(row(shown, flag.help + ("" if flag.default is None else f"; default: {flag.default}")))
+    lines.append(row("--json", "print the result as JSON"))
+    origin = "default" if verb.reads_config_file else "default; the workdir has its own value"
+    lines += [
+        row("--config.SECTION.FIELD=...", "change one field, `none` where it may be off"),
+        "",
+        f"Fields ({origin}); llm_jax/config.py says what they mean:",
+    ]
+    for section in dataclasses.fields(Config):
+        fields = {path: value for path, value in flatten(Config()).items() if path.startswith(section.name + ".")}
+        text = " ".join(f"{path.removeprefix(section.name + '.')}={value}" for path, value in fields.items())
+        options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * 14}
+        lines.append(textwrap.fill(text, 110, initial_indent=f"  {section.name:12}", **options))
+    return "\n".join(lines)
+
+
+def parse(name: str, argv: list[str]) -> dict:
+    """The keyword arguments of the verb's job. Raises UserError with every flag or field that is wrong."""
+    from absl import flags
+
+    verb = VERBS[name]
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_boolean("json", False, "", flag_values=values)
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    for flag in verb.flags:
+        define = getattr(flags, f"DEFINE_{flag.kind}")
+        define(flag.name, flag.default, flag.help, flag_values=values, **flag.options)
+    try:
+        rest = values(["llm-jax", *argv], known_only=True)[1:]
+    except (flags.Error, ValueError) as error:
+        raise UserError(" ".join(str(error).removeprefix("flag ").split())) from error
+
+    unknown = [
+        argument.partition("=")[0] for argument in rest if argument.startswith("-") and not OVERRIDE.match(argument)
+    ]
+    if unknown:
+        names = [f"--{flag}" for flag in values] + [f"--config.{path}" for path in flatten(Config())]
+        raise UserError("\n".join(f"{flag}: no such flag{nearest('--' + flag.lstrip('-'), names)}" for flag in unknown))
+    if values.workdir == "":
+        raise UserError("--workdir is empty; give a directory")
+    if values.workdir is None and verb.needs_workdir:
+        raise UserError(f"{name} needs --workdir=DIR, such as: {verb.example}")
+    if values.config is not None and not verb.reads_config_file:
+        raise UserError(
+            f"--config={values.config}: {name} reads the config of the run in --workdir; leave --config out "
+            "(single fields can be changed by --config.SECTION.FIELD=VALUE)"
+        )
+    workdir = values.workdir and os.path.expanduser(values.workdir)  # the shell leaves the ~ of --workdir=~/runs
+    saved = pathlib.Path(workdir or ".") / "config.json"
+    if values.config is not None:
+        config = load_config_file(values.config)
+    elif workdir is not None and saved.exists():
+        config = load_saved_config(saved)
+    elif verb.reads_config_file:
+        raise UserError(f"{name} needs --config=FILE, such as: {verb.example}")
+    else:
+        raise UserError(f"--workdir={workdir} holds no run: {saved} does not exist; `llm-jax train` makes one")
+    config = override(config, rest)
+    arguments = {flag.name: values[flag.name].value for flag in verb.flags}
+    return {"config": config, "workdir": workdir, "as_json": values.json, **arguments}
+
+
+def complete_generate(arguments: dict) -> None:
+    """Checks and settles what absl flags cannot: `prompts`, `top_p`, `stream`."""
+    top_p = arguments["top_p"]
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"--top_p={top_p} must lie in (0, 1]; leave it out to sample from all tokens")
+    arguments["prompts"] = read_prompts(arguments.pop("prompt"), arguments.pop("prompts_file"))
+    if arguments["stream"] is None:
+        arguments["stream"] = sys.stdout.isatty() and len(arguments["prompts"]) == 1 and not arguments["as_json"]
+
+
+def read_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
+    """The prompts, from the first that applies: --prompt, --prompts_file, standard input."""
+    if prompt and prompts_file:
+        raise UserError(f"--prompt and --prompts_file={prompts_file} exclude each other; leave one out")
+    if prompt:
+        return prompt
+    if prompts_file and prompts_file != "-":
+        origin = f"--prompts_file={prompts_file}"
+        data = pathlib.Path(prompts_file).read_bytes()
+    elif sys.stdin is None or (sys.stdin.isatty() and prompts_file is None):
+        raise UserError("generate needs a prompt: --prompt=TEXT, --prompts_file=FILE, or lines on standard input")
+    else:
+        origin = "standard input"
+        data = sys.stdin.buffer.read()
+    try:
+        prompts = [line for line in data.decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin} is not UTF-8 text: byte {error.start}: {error.reason}") from error
+    if not prompts:
+        raise UserError(f"{origin} holds no prompt; give --prompt=TEXT, or one prompt per line")
+    return prompts
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Runs the job; its exit code. Raises UserError for whatever the user can mend."""
+    given = []
+    try:
+        arguments = parse(name, argv)
+        data, model_file = arguments["config"].data, arguments["config"].tokenizer.model_file
+        given = [arguments["workdir"], data.data_dir, data.cache_dir, model_file, arguments.get("prompts_file")]
+        if name == "generate":
+            complete_generate(arguments)
+        validate(arguments["config"])
+        return importlib.import_module(f"llm_jax.jobs.{name}").run(**arguments) or 0
+    except OSError as error:
+        advice = OS_ERROR_ADVICE.get(error.errno or 0)
+        path = os.path.abspath(error.filename) if isinstance(error.filename, str) else ""
+        is_given = any(path.startswith(os.path.abspath(os.path.expanduser(place))) for place in given if place)
+        # A file that is missing elsewhere is a fault of ours, and wants the traceback.
+        if advice is None or (error.errno in MISSING and not is_given):
+            raise
+        raise UserError(f"{path + ': ' if path else ''}{error.strerror}; {advice}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command, reports its errors on standard error and returns its exit code (see the top of this file)."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else "--help"
+    try:
+        if name in ("--help", "-h", "help"):
+            print(help_text())
+            return 0
+        if name == "--version":
+            print(llm_jax.__version__)
+            return 0
+        if name not in VERBS:
+            verbs = ", ".join(VERBS)
+            raise UserError(f"{name}: no such verb{nearest(name, VERBS)}; the verb comes first, and is one of {verbs}")
+        if "--help" in argv or "-h" in argv:
+            print(verb_help_text(name))
+            return 0
+        return run(name, argv[1:])
+    except UserError as error:
+        for problem in str(error).splitlines():
+            print(f"llm-jax: error: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("llm-jax: interrupted; the same command goes on from what has been saved", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if stdout_is_closed():
+            return BROKEN_PIPE
+        return report_crash(argv)
+    except Exception:
+        return report_crash(argv)
+
+
+def report_crash(argv: list[str]) -> int:
+    """Prints the exception being handled."""
+    traceback.print_exc()
+    print(
+        f"llm-jax: crashed (exit code {CRASHED}), traceback above: {shlex.join(['llm-jax', *argv])}\n"
+        "llm-jax: what was saved lies in the --workdir (metrics.jsonl, checkpoints); the same command goes on there",
+        file=sys.stderr,
+    )
+    return CRASHED
+
+
+def stdout_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def entry() -> typing.NoReturn:
+    """The command itself."""
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    # After a failure an orderly exit would wait up to 5 minutes for the other hosts in the shutdown barrier of
+    # jax.distributed, and they for this one in their next collective: leave at once. And with a broken pipe the
+    # interpreter would complain about the output that it cannot flush.
+    if code == BROKEN_PIPE or (code and "jax" in sys.modules):
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,321 @@
+"""Every knob of a run on one page: what it means, its unit, and the rules it must keep.
+
+A file in configs/ returns a Config; flags override single fields (`--config.train.steps=200`); validate() then reports
+every broken rule at once, before a device is touched. None always means "off" or "chosen for you", as the comment says.
+"""
+
+import dataclasses
+import json
+import typing
+
+ACTIVATIONS = ("swiglu", "gelu")
+DTYPES = ("auto", "bfloat16", "float32")
+LAYERS = ("auto", "scan", "unroll")
+NORMS = ("rmsnorm", "layernorm")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+POSITIONS = ("rope", "learned", "sinusoidal")
+REMATS = ("none", "dots", "full")
+SCHEDULES = ("cosine", "wsd", "linear", "rsqrt", "constant")
+TOKENIZERS = ("unigram", "bpe")
+NUM_SPECIAL_TOKENS = 4  # unk, bos, eos, pad
+NUM_BYTE_TOKENS = 256  # byte fallback
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Model:
+    """A decoder-only Transformer. The defaults are the Llama shape; GPT-2 is norm, position, activation, bias."""
+
+    num_layers: int = 6
+    width: int = 256
+    num_heads: int = 8
+    num_kv_heads: int | None = None  # None: as num_heads (no grouping)
+    head_width: int | None = None  # None: width / num_heads
+    feed_forward_width: int | None = None  # None: 4 * width for gelu, 8/3 * width up to a multiple of 32 for swiglu
+    activation: str = "swiglu"  # swiglu | gelu
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_epsilon: float = 1e-6
+    position: str = "rope"  # rope | learned | sinusoidal
+    rope_theta: float = 10_000.0
+    use_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    logit_soft_cap: float | None = None  # logits -> cap * tanh(logits / cap)
+    dtype: str = "auto"  # of the computation; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32
+    layers: str = "auto"  # scan: one compiled block | unroll: compiled one by one; auto: unroll on CPU (faster there)
+    remat: str = "none"  # what the backward pass recomputes: none | dots (all but matmuls) | full
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Tokenizer:
+    """SentencePiece, trained on a weighted sample of the sources, or given."""
+
+    kind: str = "unigram"  # unigram (several times faster to encode) | bpe
+    vocab_size: int = 8192
+    train_bytes: int = 10_000_000  # size of the text sample it is trained on
+    model_file: str | None = None  # an existing .model; kind, vocab_size and train_bytes are then the model's own
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Source:
+    """One tfds text dataset of the mixture."""
+
+    name: str  # as in tfds: "c4/en", "wikipedia/20230601.en"; "python_docs" is built in
+    weight: float = 1.0  # share of the training tokens; the weights of all sources are normalised to 1
+    split: str = "train"  # tfds split or slice: "train", "train[:98%]"
+    held_out: str = "validation"  # the split evaluated on: "validation", "train[98%:]"
+    text_key: str = "text"  # the feature that holds the text
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Data:
+    sources: tuple[Source, ...] = (Source(name="python_docs"),)
+    data_dir: str | None = None  # where tfds datasets lie; None: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    cache_dir: str | None = None  # tokenizers and token stores, shared by runs; None: LLM_JAX_CACHE, else ~/.cache/llm_jax
+    num_workers: int | None = None  # processes that tokenize; None: one per core
+    skip_bad_documents: bool = False  # count and skip a document that is not UTF-8, instead of stopping
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Optimizer:
+    """An optax optimizer and its learning-rate schedule, which spans train.steps."""
+
+    name: str = "adamw"  # adamw | adafactor | lion | sgd
+    peak_learning_rate: float = 3e-4
+    schedule: str = "cosine"  # after the warm-up: cosine | wsd | linear | rsqrt | constant
+    warmup_steps: int = 100
+    decay_steps: int | None = None  # wsd only: length of the final linear decay; None: a tenth of train.steps
+    final_fraction: float = 0.1  # of the peak, at the last step (cosine, linear, wsd)
+    beta1: float = 0.9  # momentum of sgd, too
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    clip_norm: float | None = 1.0  # global norm of the gradient; None: off
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Parallel:
+    """The mesh: sizes of its axes. Their product is the number of devices."""
+
+    replica: int = 1  # copies of the parameters; across slices
+    fsdp: int | None = None  # parameters and batch sharded; None: all devices the other axes leave
+    tensor: int = 1  # heads, feed-forward and vocabulary sharded
+    num_cpu_devices: int | None = None  # simulate that many devices on CPU
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Train:
+    steps: int = 1000  # updates of the whole run
+    batch_size: int = 16  # global, in sequences
+    sequence_length: int = 256  # in tokens
+    microbatches: int = 1  # the batch is computed in that many parts, weighted by tokens
+    seed: int = 0  # of the parameters and of the data order
+    z_loss: float = 0.0  # weight of log(Z)^2, PaLM section 5; 0: off
+    loss_chunk: int | None = None  # tokens per device whose logits exist at once; None: as many as 256 MiB of logits allow
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    every: int = 100  # steps
+    keep: int = 3  # the newest ones
+    keep_every: int | None = None  # and one each that many steps, for ever; None: off
+    allow_other_data: bool = False  # resume although the data are not those of the checkpoint
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Evaluate:
+    every: int | None = 100  # steps between evaluations of the fixed subset during training; None: off
+    batch_size: int = 16  # in sequences; changes no result
+    subset: int = 64  # sequences per source of the fixed subset; the end of the run evaluates everything
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Log:
+    every: int = 1  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+    sample_prompt: str | None = "The"  # continued at the end of the run; None: no sample
+    sample_tokens: int = 64
+
+
+def section(cls):
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Config:
+    model: Model = section(Model)
+    tokenizer: Tokenizer = section(Tokenizer)
+    data: Data = section(Data)
+    optimizer: Optimizer = section(Optimizer)
+    parallel: Parallel = section(Parallel)
+    train: Train = section(Train)
+    checkpoint: Checkpoint = section(Checkpoint)
+    evaluate: Evaluate = section(Evaluate)
+    log: Log = section(Log)
+
+
+class UserError(ValueError):
+    """Bad input: names the field, the value, the rule and the way out in one line. Ends a command with exit code 78."""
+
+
+def validate(config: Config) -> None:
+    """Raises UserError with every broken rule, one a line."""
+    problems = []
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    def one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+        require(value in choices, f"{field}={value!r} must be one of {', '.join(choices)}")
+
+    def at_least(minimum: float, **fields: float | None) -> None:
+        for field, value in fields.items():
+            field = field.replace("__", ".")
+            require(value is None or value >= minimum, f"{field}={value} must be at least {minimum}")
+
+    m, t, o = config.model, config.train, config.optimizer
+    one_of("model.activation", m.activation, ACTIVATIONS)
+    one_of("model.dtype", m.dtype, DTYPES)
+    one_of("model.layers", m.layers, LAYERS)
+    one_of("model.norm", m.norm, NORMS)
+    one_of("model.position", m.position, POSITIONS)
+    one_of("model.remat", m.remat, REMATS)
+    one_of("optimizer.name", o.name, OPTIMIZERS)
+    one_of("optimizer.schedule", o.schedule, SCHEDULES)
+    one_of("tokenizer.kind", config.tokenizer.kind, TOKENIZERS)
+    smallest_vocabulary = NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS + 2
+    at_least(
+        1,
+        model__num_layers=m.num_layers, model__width=m.width, model__num_heads=m.num_heads,
+        model__num_kv_heads=m.num_kv_heads, model__head_width=m.head_width,
+        model__feed_forward_width=m.feed_forward_width, data__num_workers=config.data.num_workers,
+        optimizer__decay_steps=o.decay_steps, parallel__replica=config.parallel.replica,
+        parallel__fsdp=config.parallel.fsdp, parallel__tensor=config.parallel.tensor,
+        parallel__num_cpu_devices=config.parallel.num_cpu_devices, train__steps=t.steps,
+        train__batch_size=t.batch_size, train__sequence_length=t.sequence_length, train__microbatches=t.microbatches,
+        train__loss_chunk=t.loss_chunk, checkpoint__every=config.checkpoint.every, checkpoint__keep=config.checkpoint.keep,
+        checkpoint__keep_every=config.checkpoint.keep_every, evaluate__every=config.evaluate.every,
+        evaluate__batch_size=config.evaluate.batch_size, evaluate__subset=config.evaluate.subset,
+        log__every=config.log.every, log__sample_tokens=config.log.sample_tokens,
+        tokenizer__train_bytes=config.tokenizer.train_bytes,
+    )  # fmt: skip
+    at_least(0, optimizer__warmup_steps=o.warmup_steps, optimizer__weight_decay=o.weight_decay, train__seed=t.seed,
+             train__z_loss=t.z_loss)  # fmt: skip
+    at_least(smallest_vocabulary, tokenizer__vocab_size=config.tokenizer.vocab_size)
+
+    for field, value in {
+        "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta, "model.logit_soft_cap": m.logit_soft_cap,
+        "optimizer.peak_learning_rate": o.peak_learning_rate, "optimizer.epsilon": o.epsilon,
+        "optimizer.clip_norm": o.clip_norm,
+    }.items():  # fmt: skip
+        require(value is None or 0 < value < float("inf"), f"{field}={value} must be a positive number")
+    for field, value in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
+        require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
+    require(0 <= o.final_fraction <= 1, f"optimizer.final_fraction={o.final_fraction} must lie in [0, 1]")
+
+    if not problems:  # rules between fields make sense only once each field does
+        require(
+            m.head_width is not None or m.width % m.num_heads == 0,
+            f"model.width={m.width} must divide by model.num_heads={m.num_heads}; or set model.head_width",
+        )
+        kv_heads = m.num_kv_heads or m.num_heads
+        require(
+            m.num_heads % kv_heads == 0,
+            f"model.num_heads={m.num_heads} must divide by model.num_kv_heads={kv_heads}",
+        )
+        require(
+            m.position != "rope" or (m.head_width or m.width // m.num_heads) % 2 == 0,
+            f"model.position='rope' turns pairs, so the head width {m.head_width or m.width // m.num_heads} must be even; "
+            "change model.head_width or model.num_heads",
+        )
+        require(
+            m.position != "sinusoidal" or m.width % 2 == 0,
+            f"model.position='sinusoidal' needs an even model.width, not {m.width}",
+        )
+        require(
+            t.batch_size % t.microbatches == 0,
+            f"train.batch_size={t.batch_size} must divide by train.microbatches={t.microbatches}",
+        )
+        require(
+            o.warmup_steps < t.steps,
+            f"optimizer.warmup_steps={o.warmup_steps} must be less than train.steps={t.steps}",
+        )
+        require(
+            o.decay_steps is None or o.schedule == "wsd",
+            f"optimizer.decay_steps={o.decay_steps} has an effect only with optimizer.schedule=wsd, not {o.schedule}",
+        )
+        decay_steps = o.decay_steps or max(1, t.steps // 10)
+        require(
+            o.schedule != "wsd" or o.warmup_steps + decay_steps <= t.steps,
+            f"optimizer.warmup_steps={o.warmup_steps} + optimizer.decay_steps={decay_steps} must fit into "
+            f"train.steps={t.steps}",
+        )
+        require(
+            o.schedule != "rsqrt" or o.warmup_steps > 0,
+            "optimizer.schedule='rsqrt' decays from the end of the warm-up: optimizer.warmup_steps must be at least 1",
+        )
+
+    sources = config.data.sources
+    require(len(sources) > 0, "data.sources is empty; give at least one, such as Source(name='c4/en')")
+    for i, source in enumerate(sources):
+        require(source.weight > 0, f"data.sources[{i}].weight={source.weight} must be positive; leave the source out instead")
+        require(
+            source.split != source.held_out,
+            f"data.sources[{i}].held_out={source.held_out!r} is the training split; try split='train[:98%]', "
+            "held_out='train[98%:]'",
+        )
+    names = [(source.name, source.split) for source in sources]
+    require(len(set(names)) == len(names), f"data.sources names a dataset and split twice: {names}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def to_dict(config: Config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict, cls: type = Config):
+    """The inverse of to_dict. A field that is missing or unknown is a UserError: the file is of another version."""
+    hints = typing.get_type_hints(cls)
+    if set(values) != set(hints):
+        raise UserError(
+            f"{cls.__name__} has the fields {sorted(hints)}, but the saved config is missing {sorted(set(hints) - set(values))} "
+            f"and has unknown {sorted(set(values) - set(hints))}; use the version of llm_jax that wrote it"
+        )
+
+    def build(hint, value):
+        if dataclasses.is_dataclass(hint):
+            return from_dict(value, hint)
+        if typing.get_origin(hint) is tuple:
+            return tuple(build(typing.get_args(hint)[0], v) for v in value)
+        return value
+
+    return cls(**{name: build(hint, values[name]) for name, hint in hints.items()})
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """{"train.steps": 1000, "data.sources[0].name": "c4/en", ...}"""
+    flat = {}
+
+    def walk(prefix: str, value) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(value, list | tuple):
+            for i, child in enumerate(value):
+                walk(f"{prefix}[{i}]", child)
+        else:
+            flat[prefix] = value
+
+    walk("", to_dict(config))
+    return flat
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """{field: (old value, new value)} of the fields that differ; a field that one of them lacks is None there."""
+    a, b = flatten(old), flatten(new)
+    return {key: (a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key)}
+
+
+def dumps(config: Config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"

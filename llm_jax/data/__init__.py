@@ -1,0 +1,1 @@
+"""From tfds documents to batches."""

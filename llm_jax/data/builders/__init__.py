@@ -1,0 +1,1 @@
+"""Builders of tfds datasets of documents."""

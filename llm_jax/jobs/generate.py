@@ -1,0 +1,129 @@
+"""`llm-jax generate`: continues prompts with a trained model.
+
+B prompt, P prompt position, M new token
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm_jax.config import Config, UserError
+from llm_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer, load_tokenizer
+from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
+from llm_jax.model import decoding
+from llm_jax.model.transformer import Transformer
+from llm_jax.parallel import hosts
+from llm_jax.parallel.sharding import global_rows, num_batch_shards
+
+TOKENS_PER_CALL = 8  # of the compiled loop: what streaming waits for
+
+
+def run(
+    config: Config,
+    workdir: str,
+    prompts: list[str],
+    as_json: bool = False,
+    max_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: int | None = None,
+    stream: bool = False,
+) -> None:
+    """The verb: prints each prompt with its continuation, or a JSON list of {"prompt", "text"}."""
+    start(config)
+    work = Workdir(workdir)
+    tokenizer = load_tokenizer(work.tokenizer)
+    mesh = mesh_for_reading(config.parallel)
+    sampling = decoding.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, eos=EOS)
+    with jax.set_mesh(mesh):
+        step, model = restore_parameters(work, config, tokenizer.vocab_size, mesh, step=step)
+        show = _Printer(prompts[0]) if stream and hosts.is_first() else None
+        texts = generate(
+            model, tokenizer, prompts, mesh=mesh, sampling=sampling, max_tokens=max_tokens, seed=seed, show=show
+        )
+    if not hosts.is_first():
+        return
+    if as_json:
+        print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=2, ensure_ascii=False))
+    elif show is not None:
+        print()
+    else:
+        print("\n---\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    *,
+    mesh: jax.sharding.Mesh,
+    sampling: decoding.Sampling,
+    max_tokens: int,
+    seed: int,
+    show: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The continuations, each up to its end of document or max_tokens. `show` gets the first one's text as it grows."""
+    rows = [np.array([BOS, *ids], np.int32) for ids in tokenizer.encode(prompts)]
+    longest = max(len(row) for row in rows)
+    if model.shape.position == "learned" and longest + max_tokens > model.shape.max_length:
+        raise UserError(
+            f"--max_tokens={max_tokens} and a prompt of {longest} tokens exceed the {model.shape.max_length} learned positions "
+            f"of the model; try --max_tokens={max(1, model.shape.max_length - longest)} or a shorter prompt"
+        )
+    shards = num_batch_shards(mesh, model.rules)
+    rows += [np.array([BOS], np.int32)] * (-len(rows) % shards)
+    tokens_BP = np.full((len(rows), longest), PAD, np.int32)
+    for row, ids in zip(tokens_BP, rows, strict=True):
+        row[longest - len(ids) :] = ids
+    lengths_B = np.array([len(row) for row in rows], np.int32)
+    sharding = jax.NamedSharding(mesh, model.rules.spec("batch", None))
+    columns = {"tokens": tokens_BP, "lengths": lengths_B[:, None]}
+    arrays = global_rows(lambda first, last: {k: v[first:last] for k, v in columns.items()}, len(rows), sharding)
+
+    begin = jax.jit(functools.partial(decoding.start, max_tokens=max_tokens))
+    extend = jax.jit(
+        functools.partial(decoding.extend, sampling=sampling, num_tokens=TOKENS_PER_CALL), donate_argnames="decoding"
+    )
+    state = begin(model, arrays["tokens"], arrays["lengths"][:, 0])
+    key = jax.random.key(seed)
+    while True:
+        state = extend(model, state, key)
+        count, done = int(state.count), bool(np.all(_fetch(state.done_B)))
+        if show is not None:
+            show(tokenizer.decode(_until_eos(_fetch(state.tokens_BM)[0, :count])))
+        if done or count >= max_tokens:
+            break
+    tokens_BM = _fetch(state.tokens_BM)[: len(prompts), :count]
+    return [tokenizer.decode(_until_eos(row)) for row in tokens_BM]
+
+
+def _fetch(array) -> np.ndarray:
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _until_eos(ids: np.ndarray) -> list[int]:
+    ends = np.flatnonzero(ids == EOS)
+    return ids[: ends[0] if len(ends) else len(ids)].tolist()
+
+
+class _Printer:
+    """Prints a text as it grows; a last character that may still be half of one waits."""
+
+    def __init__(self, prompt: str):
+        self.printed = ""
+        sys.stdout.write(prompt)
+        sys.stdout.flush()
+
+    def __call__(self, text: str) -> None:
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if whole.startswith(self.printed):
+            sys.stdout.write(whole[len(self.printed) :])
+            sys.stdout.flush()
+            self.printed = whole

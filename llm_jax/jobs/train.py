@@ -1,0 +1,322 @@
+"""`llm-jax train`: the whole run, top to bottom. Start reading here.
+
+The same command goes on where an earlier start of it stopped, and does nothing but report if it is finished.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.config import Config, UserError
+from llm_jax.data.stream import HeldOut, TrainStream
+from llm_jax.jobs import evaluate as evaluation
+from llm_jax.jobs.generate import generate
+from llm_jax.jobs.prepare import Prepared, prepare, source_names, summary, table
+from llm_jax.jobs.workdir import Workdir, start, write_atomically
+from llm_jax.measure.flops import flops_per_token, parameter_count, peak_flops
+from llm_jax.measure.metrics import MetricsLog, read
+from llm_jax.measure.progress import Progress
+from llm_jax.measure.writers import TensorBoardWriter
+from llm_jax.model.decoding import Sampling
+from llm_jax.parallel import hosts
+from llm_jax.parallel.sharding import Rules, global_rows, make_mesh, replicated, require_divisible
+from llm_jax.safety.checkpoint import Checkpoints, named_leaves
+from llm_jax.training.optimizer import make_optimizer
+from llm_jax.training.schedule import make_schedule
+from llm_jax.training.state import TrainState, abstract_state, compute_dtype, make_init, model_shape
+from llm_jax.training.step import train_step
+
+PREEMPTED = 75  # exit code: saved after a notice, start again
+BATCHES_AHEAD = 2
+
+
+def run(config: Config, workdir: str, as_json: bool = False) -> int:
+    """The verb; returns the exit code: 0 done, 75 saved after a preemption notice."""
+    work = Workdir(workdir)
+    work.claim(config)
+    start(config)
+    mesh, rules = make_mesh(config.parallel), Rules()
+    prepared = prepare(config)
+    print(table(summary(prepared)))
+    prepared.tokenizer.save(work.tokenizer)
+    stream = make_stream(config, prepared)
+
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    shape = model_shape(
+        config.model, vocab_size=prepared.tokenizer.vocab_size, sequence_length=config.train.sequence_length
+    )
+    init = make_init(config.model, shape, optimizer, mesh=mesh, rules=rules, seed=config.train.seed)
+    require_divisible_batch(config, mesh, rules)
+
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(work.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        state, first_step = restore_or_init(checkpoints, init, mesh, stream, config)
+        print(describe(state, config, mesh, first_step))
+        step_function = jax.jit(
+            functools.partial(
+                train_step,
+                optimizer=optimizer,
+                schedule=schedule,
+                num_microbatches=config.train.microbatches,
+                z_loss=config.train.z_loss,
+                chunk=config.train.loss_chunk,
+            ),
+            donate_argnames="state",
+        )
+        held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
+        evaluate = evaluation.make_evaluate(mesh, config.evaluate.batch_size, config.train.loss_chunk)
+        record = Record(work, config, shape, mesh, first_step)
+
+        def save(step: int, state: TrainState) -> None:
+            record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
+            items = {"parameters": state.parameters, "optimizer": state.optimizer}
+            checkpoints.save(step, items, {"data": stream.fingerprint})
+
+        if first_step == 0:
+            record.evaluation(0, evaluate(state.parameters, held_out, config.evaluate.subset))
+        for step, batch in zip(
+            range(first_step + 1, config.train.steps + 1), batches(stream, first_step, mesh, rules), strict=False
+        ):
+            state, metrics = step_function(state, batch)
+            record.training(step, metrics)
+            checkpoints.check()
+            preempted = checkpoints.reached_preemption(step)
+            last = step == config.train.steps
+            if preempted or last or step % config.checkpoint.every == 0:
+                save(step, state)
+            if preempted:
+                checkpoints.close()
+                record.close()
+                print(f"preempted: saved step {step}; the same command goes on from there")
+                return PREEMPTED
+            if last or (config.evaluate.every and step % config.evaluate.every == 0):
+                record.flush()
+                record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
+        checkpoints.close()
+        record.close()
+        finish(work, config, prepared, state, held_out, evaluate, mesh, as_json)
+    return 0
+
+
+def make_stream(config: Config, prepared: Prepared) -> TrainStream:
+    weights = {name: source.weight for name, source in source_names(config.data).items()}
+    return TrainStream(
+        prepared.train,
+        weights,
+        sequence_length=config.train.sequence_length,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+    )
+
+
+def require_divisible_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
+    rows = config.train.batch_size // config.train.microbatches
+    field = "train.batch_size / train.microbatches" if config.train.microbatches > 1 else "train.batch_size"
+    require_divisible(mesh, rules, {field: (rows, "batch")})
+
+
+def restore_or_init(
+    checkpoints: Checkpoints, init, mesh: jax.sharding.Mesh, stream: TrainStream, config: Config
+) -> tuple[TrainState, int]:
+    """The newest intact checkpoint, or the state of step 0. Refuses a checkpoint that was trained on other data."""
+    target = abstract_state(init, mesh)
+    restored = checkpoints.restore({"parameters": target.parameters, "optimizer": target.optimizer})
+    if restored is None:
+        return jax.jit(init)(), 0
+    step, items, meta = restored
+    if meta["data"] != stream.fingerprint and not config.checkpoint.allow_other_data:
+        changed = [
+            f"{key} {meta['data'].get(key)!r} -> {value!r}"
+            for key, value in stream.fingerprint.items()
+            if meta["data"].get(key) != value
+        ]
+        raise UserError(
+            f"the checkpoint of step {step} was trained on other data ({'; '.join(changed)}); restore those data, take "
+            "another --workdir, or go on with the new data by --config.checkpoint.allow_other_data"
+        )
+    if step > config.train.steps:
+        raise UserError(f"train.steps={config.train.steps} is less than the {step} steps in the checkpoint; try {step} or more")
+    steps_done = jax.device_put(jnp.asarray(step, jnp.int32), replicated(mesh))
+    return TrainState(steps_done, items["parameters"], items["optimizer"]), step
+
+
+def batches(stream: TrainStream, first_step: int, mesh: jax.sharding.Mesh, rules: Rules) -> Iterator[dict[str, jax.Array]]:
+    """The batches from the one after first_step updates on, read ahead by a thread."""
+    sharding = jax.NamedSharding(mesh, rules.spec("batch", None))
+
+    def load(step: int) -> dict[str, jax.Array]:
+        def rows(first: int, last: int) -> dict[str, np.ndarray]:
+            batch = stream.batch(step, first, last)
+            return {"tokens": batch.tokens_BU, "segments": batch.segments_BU, "positions": batch.positions_BU}
+
+        return global_rows(rows, stream.batch_size, sharding)
+
+    with concurrent.futures.ThreadPoolExecutor(1, "batches") as executor:
+        ahead = collections.deque(executor.submit(load, first_step + i) for i in range(BATCHES_AHEAD))
+        step = first_step + BATCHES_AHEAD
+        while True:
+            batch = ahead.popleft().result()
+            ahead.append(executor.submit(load, step))
+            step += 1
+            yield batch
+
+
+class Record:
+    """What the run reports: metrics.jsonl, TensorBoard, the terminal. The metrics of a step are fetched when the next
+    one is under way, so that reporting never keeps the devices waiting. Only the first process writes."""
+
+    def __init__(self, work: Workdir, config: Config, shape, mesh: jax.sharding.Mesh, first_step: int):
+        self.config = config
+        self.vocab_size = shape.vocab_size
+        self.log = self.tensorboard = None
+        if hosts.is_first():
+            self.log = MetricsLog(work.metrics)
+            self.log.rewind(first_step)
+            self.tensorboard = TensorBoardWriter(work.path, start_step=first_step) if config.log.tensorboard else None
+        self.progress = Progress(config.train.steps, first_step)
+        self.flops_per_token = flops_per_token(
+            num_layers=shape.num_layers,
+            width=shape.width,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_width=shape.head_width,
+            feed_forward_width=shape.feed_forward_width,
+            gated=shape.gated,
+            vocab_size=shape.vocab_size,
+            sequence_length=config.train.sequence_length,
+            causal=True,
+        )
+        device = mesh.devices.flat[0]
+        peak = peak_flops(device, compute_dtype(config.model, device.platform))
+        self.peak_flops = peak.value * mesh.size
+        self.say(f"MFU counts causal attention, against {self.peak_flops / 1e12:.3g} TFLOP/s of all devices; {peak.source}")
+        self.tokens_per_step = config.train.batch_size * config.train.sequence_length
+        self.pending = None
+        self.last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if hosts.is_first():
+            self.progress.say(text)
+
+    def training(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a step that may still be running, and writes those of the step before."""
+        self.flush()
+        self.pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes the step taken last, waiting for it."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        loss = float(metrics["loss"])
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        if step == 1:
+            check_first_step(loss, metrics["gradient_norms"], self.vocab_size)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss}; the newest checkpoint is from before")
+        rate = self.tokens_per_step / seconds
+        line = {
+            "step": step,
+            "loss": loss,
+            "tokens": int(metrics["tokens"]),
+            "seconds": seconds,
+            "grad_norm": float(metrics["grad_norm"]),
+            "learning_rate": float(metrics["learning_rate"]),
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
+        }
+        if not hosts.is_first():
+            return
+        self.progress.update(line)
+        if step % self.config.log.every == 0 or step in (1, self.config.train.steps):
+            self._write(line)
+
+    def evaluation(self, step: int, result: dict) -> None:
+        """Takes the result of an evaluation of the fixed subset."""
+        if hosts.is_first():
+            measures = result["all"]
+            what = "untrained" if step == 0 else f"step {step}"
+            self.say(f"held-out subset, {what}: loss {measures['loss']:.4f}, perplexity {measures['perplexity']:,.2f}")
+            self._write({"kind": "evaluate", "step": step, **measures, "sources": result["sources"]})
+        self.last = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _write(self, line: dict) -> None:
+        self.log.append(line)
+        if self.tensorboard is not None:
+            self.tensorboard.write(line, time.time())
+
+
+def check_first_step(loss: float, gradient_norms, vocab_size: int) -> None:
+    """What must hold of an untrained model, or something is miswired: every parameter of every layer gets a gradient, and
+    the loss is that of a guess. Costs nothing: the norms are made for every step anyway."""
+    if abs(loss - math.log(vocab_size)) > 1.0:
+        raise RuntimeError(f"the first loss is {loss:.3f}, but that of a guess is ln {vocab_size} = {math.log(vocab_size):.3f}")
+    still = [name for name, norms in named_leaves(gradient_norms).items() if not np.all(np.asarray(norms) > 0)]
+    if still:
+        raise RuntimeError(f"these parameters got no gradient in the first step: {', '.join(still)}")
+
+
+def describe(state: TrainState, config: Config, mesh: jax.sharding.Mesh, first_step: int) -> str:
+    device = mesh.devices.flat[0]
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    where = f"{mesh.size} x {device.device_kind}" + (f" as {sizes}" if sizes else "")
+    how = f"goes on from step {first_step}" if first_step else "starts"
+    return (
+        f"model: {parameter_count(state.parameters):,} parameters, computed in {compute_dtype(config.model, device.platform)} "
+        f"on {where}; the run {how}, {config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} tokens"
+    )
+
+
+def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: bool) -> None:
+    """Evaluates everything, shows a sample, and says where things lie."""
+    result = {"step": config.train.steps, **evaluate(state.parameters, held_out)}
+    sample = None
+    if config.log.sample_prompt is not None:
+        sampling = Sampling(temperature=0.8, top_p=0.95)
+        prompt, length = config.log.sample_prompt, config.log.sample_tokens
+        if state.parameters.position_embed is not None:
+            length = min(length, config.train.sequence_length // 2)
+        sample = prompt + generate(
+            state.parameters, prepared.tokenizer, [prompt], mesh=mesh, sampling=sampling, max_tokens=length, seed=0
+        )[0]  # fmt: skip
+    if not hosts.is_first():
+        return
+    write_atomically(work.evaluation, json.dumps(result, indent=2) + "\n")
+    if as_json:
+        print(json.dumps({"workdir": str(work.path), "evaluate": result, "sample": sample}, indent=2, ensure_ascii=False))
+        return
+    print(f"\nAll held-out text, step {config.train.steps}:\n{evaluation.table(result)}")
+    if untrained := untrained_perplexity(work):
+        before, after = untrained
+        print(f"Perplexity of the held-out subset: {before:,.1f} untrained, {after:,.2f} trained ({before / after:.0f} times lower)")
+    if sample is not None:
+        print(f"\nSample:\n{sample}\n")
+    print(
+        f"{work.path}: metrics.jsonl (the record), checkpoints/, evaluate.json, tokenizer.model, tensorboard/\n"
+        f"Try: llm-jax generate --workdir={work.path} --prompt='The'"
+    )
+
+
+def untrained_perplexity(work: Workdir) -> tuple[float, float] | None:
+    """(untrained, trained) perplexity of the fixed subset, from the record."""
+    values = [line["perplexity"] for line in read(work.metrics) if line.get("kind") == "evaluate"]
+    return (values[0], values[-1]) if len(values) > 1 else None

@@ -1,0 +1,1 @@
+"""Fast paths, and the plain reference that each must match."""

@@ -1,0 +1,86 @@
+"""Model FLOPs and the peak of the hardware, whose ratio is the model FLOPs utilization (MFU).
+
+Counted as in PaLM (arXiv 2204.02311, appendix B): only matrix products, a multiply-add as 2, and the backward pass as
+twice the forward pass; nothing for recomputation, norms, activations or the embedding lookup. PaLM counts attention in
+full, 12 L N H T per token; with causal=True half of that is counted, which is what a causal kernel computes. A figure
+of MFU says which of the two it is.
+"""
+
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Peak:
+    """FLOP/s of one JAX device, and where the number comes from."""
+
+    value: float
+    source: str
+
+
+# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its device_kind (the first that fits).
+SCALING_BOOK = "https://jax-ml.github.io/scaling-book"
+GOOGLE_CLOUD = "https://docs.cloud.google.com/tpu/docs/tpu7x"
+PEAKS = (
+    ("TPU v4", 275e12, SCALING_BOOK),
+    ("TPU v5 lite", 197e12, SCALING_BOOK),
+    ("TPU v5e", 197e12, SCALING_BOOK),
+    ("TPU v5", 459e12, GOOGLE_CLOUD),  # v5p calls itself v5
+    ("TPU v6", 918e12, GOOGLE_CLOUD),
+    ("TPU7x", 2307e12 / 2, GOOGLE_CLOUD),  # a chip is two devices
+    ("NVIDIA A100", 312e12, "NVIDIA A100 datasheet"),
+    ("NVIDIA H100", 989e12, "NVIDIA H100 datasheet, SXM"),
+    ("NVIDIA H200", 989e12, "NVIDIA H200 datasheet, SXM"),
+    ("NVIDIA B200", 2250e12, "NVIDIA B200 datasheet"),
+)
+SLOWER_BOARDS = ("PCIe", "NVL")  # of the same name with other clocks: measured instead
+MEASURING_SECONDS = 0.3
+
+
+def flops_per_token(
+    *, num_layers: int, width: int, num_heads: int, num_kv_heads: int, head_width: int, feed_forward_width: int,
+    gated: bool, vocab_size: int, sequence_length: int, causal: bool,
+) -> float:  # fmt: skip
+    """FLOPs of training (forward and backward) per token of a decoder-only Transformer."""
+    attention_weights = width * head_width * (2 * num_heads + 2 * num_kv_heads)
+    feed_forward_weights = (3 if gated else 2) * width * feed_forward_width
+    weights = num_layers * (attention_weights + feed_forward_weights) + width * vocab_size
+    keys = sequence_length / 2 if causal else sequence_length
+    attention = num_layers * 2 * num_heads * head_width * keys  # scores and weighted values
+    return 3 * 2 * (weights + attention)
+
+
+def parameter_count(tree) -> int:
+    """Elements of all arrays of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def peak_flops(device: jax.Device, dtype) -> Peak:
+    """The published peak for 16-bit floats on a known accelerator, else what a square matrix product reaches (half a
+    second). Simulated devices of one CPU share its cores, so each is given its part of what one of them reaches."""
+    known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and not any(b in device.device_kind for b in SLOWER_BOARDS)
+    for kind, value, source in PEAKS if known else ():
+        if device.device_kind.startswith(kind):
+            return Peak(value=value, source=f"published: {kind}, dense bfloat16 ({source})")
+    size = 1024 if device.platform == "cpu" else 8192
+    value = _measure(device, dtype, size)
+    name = f"measured: {size} x {size} {jnp.dtype(dtype).name} matrix product on {device.device_kind}"
+    if device.platform != "cpu":
+        return Peak(value=value, source=name)
+    parts = sum(other.process_index == device.process_index for other in device.client.devices())
+    return Peak(value=value / parts, source=name if parts == 1 else f"{name}, shared by {parts} simulated devices")
+
+
+def _measure(device: jax.Device, dtype, size: int) -> float:
+    matrix = jax.device_put(jnp.full((size, size), 1 / size, dtype), device)
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    product(matrix, matrix).block_until_ready()
+    best, end = math.inf, time.perf_counter() + MEASURING_SECONDS
+    while (begin := time.perf_counter()) < end:
+        product(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: no mesh, no config, no input or output."""

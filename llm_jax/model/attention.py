@@ -1,0 +1,80 @@
+"""Causal grouped-query self-attention within documents.
+
+B batch, T query position, S key position, D width, N query heads, K key/value heads, H head width
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm_jax.kernels.attention import reference_attention
+from llm_jax.model.norm import Norm
+from llm_jax.model.parameter import constant, gathered, weight
+from llm_jax.model.position import rotate
+from llm_jax.parallel.sharding import Rules
+
+
+class Attention(nnx.Module):
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_width: int,
+        out_scale: float,
+        rope_theta: float | None,
+        use_bias: bool,
+        make_head_norm: Callable[[int], Norm] | None,
+        dtype: jnp.dtype,
+        rules: Rules,
+        key: jax.Array,
+    ):
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        into, out = rules.spec("embed", "heads", None), rules.spec("heads", None, "embed")
+        self.wq = weight(q_key, (width, num_heads, head_width), into, width=width)
+        self.wk = weight(k_key, (width, num_kv_heads, head_width), into, width=width)
+        self.wv = weight(v_key, (width, num_kv_heads, head_width), into, width=width)
+        self.wo = weight(o_key, (num_heads, head_width, width), out, width=width, scale=out_scale)
+        heads = rules.spec("heads", None)
+        self.bq = constant(0.0, (num_heads, head_width), heads) if use_bias else None
+        self.bk = constant(0.0, (num_kv_heads, head_width), heads) if use_bias else None
+        self.bv = constant(0.0, (num_kv_heads, head_width), heads) if use_bias else None
+        self.bo = constant(0.0, (width,), jax.P(None)) if use_bias else None
+        self.q_norm = make_head_norm(head_width) if make_head_norm else None
+        self.k_norm = make_head_norm(head_width) if make_head_norm else None
+        self.rope_theta = rope_theta
+        self.dtype = dtype
+        self.into_spec, self.out_spec = rules.spec(None, "heads", None), rules.spec("heads", None, None)
+        self.x_spec = rules.spec("batch", None, None)
+
+    def __call__(self, x_BTD, segments_BT, positions_BT, cache=None):
+        """(output, cache). `cache` is None or (k_BSKH, v_BSKH, segments_BS, offset): keys of positions up to offset + T."""
+        q_BTNH = self._project(x_BTD, self.wq, self.bq)
+        k_BTKH = self._project(x_BTD, self.wk, self.bk)
+        v_BTKH = self._project(x_BTD, self.wv, self.bv)
+        if self.q_norm is not None:  # Henry et al. 2020, arXiv:2010.04245; per head as in Dehghani et al. 2023, 2302.05442
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if self.rope_theta is not None:
+            q_BTNH = rotate(q_BTNH, positions_BT, self.rope_theta)
+            k_BTKH = rotate(k_BTKH, positions_BT, self.rope_theta)
+        if cache is None:
+            k_BSKH, v_BSKH, key_segments_BS, offset = k_BTKH, v_BTKH, segments_BT, 0
+        else:
+            k_BSKH, v_BSKH, key_segments_BS, offset = cache
+            k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, k_BTKH, offset, axis=1)
+            v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, v_BTKH, offset, axis=1)
+        out_BTNH = reference_attention(
+            q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, key_segments_BS=key_segments_BS, offset=offset
+        )
+        wo_NHD = gathered(self.wo, self.out_spec, self.dtype)
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD, out_sharding=self.x_spec)
+        if self.bo is not None:
+            out_BTD += self.bo[...].astype(self.dtype)
+        return out_BTD, (k_BSKH, v_BSKH)
+
+    def _project(self, x_BTD, weight_DNH, bias_NH):
+        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(weight_DNH, self.into_spec, self.dtype))
+        return y_BTNH if bias_NH is None else y_BTNH + bias_NH[...].astype(self.dtype)

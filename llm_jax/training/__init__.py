@@ -1,0 +1,1 @@
+"""The pure step: state, losses, optimizer, schedule."""

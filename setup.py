@@ -1,0 +1,52 @@
+"""The package: what it needs, and the command it installs. Tools are configured in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+# Read, not imported: importing the package would need it installed.
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "llm_jax" / "__init__.py").read_text("utf-8"))[1]
+README = HERE / "README.md"
+
+# An upper bound where a minor version has changed what we rely on: JAX (sharding as types), Flax (nnx), Orbax (layout).
+REQUIRED = [
+    "absl-py>=2.1",
+    "array_record>=0.8",
+    "flax>=0.12,<0.14",
+    "grain>=0.2.12,<0.3",
+    "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
+    "jax>=0.10,<0.13",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.0",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "sentencepiece>=0.2.1,<0.3",
+    "tensorboardX>=2.6.4,<3",
+    "tensorflow-datasets>=4.9.9,<5",
+    "tqdm>=4.66",
+]
+
+setup(
+    name="llm-jax",
+    version=VERSION,
+    description="Pretraining of language models in JAX: from raw text to a measured perplexity, without losing a run",
+    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llm_jax", "llm_jax.*"]),
+    install_requires=REQUIRED,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "test": ["hypothesis>=6.100", "pyright[nodejs]>=1.1.400", "pytest>=8", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["llm-jax = llm_jax.cli:entry"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

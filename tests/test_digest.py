@@ -1,0 +1,85 @@
+"""The digest against the same sum written in numpy, on several meshes, and against damage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.safety.digest import _sum, digests
+
+
+def mix(words):
+    words = words ^ (words >> np.uint32(16))
+    words = words * np.uint32(0x85EBCA6B)
+    words = words ^ (words >> np.uint32(13))
+    words = words * np.uint32(0xC2B2AE35)
+    return words ^ (words >> np.uint32(16))
+
+
+def expected(array):
+    array = np.asarray(array)
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize]
+    bits = np.frombuffer(array.tobytes(), unsigned).astype(np.uint32)
+    position = np.arange(1, array.size + 1, dtype=np.uint32)
+    mixed = mix(bits + np.uint32(0x9E3779B9) * mix(position))
+    second = mix(mixed ^ np.uint32(0x5BD1E995))
+    return "".join(f"{int(words.astype(np.uint64).sum() % 2**32):08x}" for words in (mixed, second))
+
+
+def example():
+    x = np.random.default_rng(0).standard_normal((16, 8, 24)).astype(np.float32)
+    x.flat[:4] = [np.nan, np.inf, -0.0, 1e-42]
+    return {
+        "float32": x, "bfloat16": x.astype(jnp.bfloat16), "int32": x.view(np.int32), "uint32": x.view(np.uint32)[0],
+        "bool": x[0] > 0, "count": np.int32(7), "scale": np.float32(0.5), "vector": x[0, 0],
+    }  # fmt: skip
+
+
+MESHES = {
+    "8": ((8,), ("fsdp",), [P("fsdp"), P(None, None, "fsdp")]),
+    "4x2": ((4, 2), ("fsdp", "tensor"), [P(("fsdp", "tensor")), P(None, "tensor", "fsdp")]),
+}
+
+
+def test_equals_numpy():
+    arrays = example()
+    assert digests(jax.tree.map(jnp.asarray, arrays)) == {name: expected(array) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("name", MESHES)
+def test_is_independent_of_the_mesh(name, axis_type):
+    shape, axes, specs = MESHES[name]
+    mesh = jax.make_mesh(shape, axes, axis_types=(axis_type,) * len(axes))
+    arrays = {name: array for name, array in example().items() if name in ("float32", "bfloat16", "count")}
+    want = {name: expected(array) for name, array in arrays.items()}
+    for spec in specs:
+        placed = {
+            name: jax.device_put(array, NamedSharding(mesh, spec if array.ndim == 3 else P()))
+            for name, array in arrays.items()
+        }
+        assert digests(placed) == want
+        with jax.set_mesh(mesh):
+            assert digests(placed) == want
+
+
+def test_finds_a_flipped_bit_and_a_swap():
+    rng = np.random.default_rng(1)
+    for dtype in (np.float32, jnp.bfloat16, np.int32):
+        array = rng.standard_normal((13, 7)).astype(dtype)
+        whole = digests({"a": jnp.asarray(array)})
+        for _ in range(30):
+            damaged = bytearray(array.tobytes())
+            damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+            flipped = np.frombuffer(bytes(damaged), dtype).reshape(array.shape)
+            assert digests({"a": jnp.asarray(flipped)}) != whole
+        assert digests({"a": jnp.asarray(array[::-1])}) != whole
+        assert digests({"a": jnp.asarray(array.reshape(7, 13))}) == whole  # shapes are kept beside the digest
+
+
+def test_no_device_holds_a_whole_sharded_array():
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    array = jax.device_put(np.zeros((4096, 256), np.float32), NamedSharding(mesh, P("fsdp")))
+    assert _sum.lower(array).compile().memory_analysis().temp_size_in_bytes < array.nbytes / 2
