@@ -24,7 +24,7 @@ def get_config() -> Config:
             ),
         ),
         optimizer=Optimizer(peak_learning_rate=1.5e-3, schedule="cosine", warmup_steps=50),
-        train=Train(steps=500, batch_size=16, sequence_length=256),
+        train=Train(steps=400, batch_size=16, sequence_length=256),
         checkpoint=Checkpoint(every=100),
         evaluate=Evaluate(every=100),
     )

@@ -1,9 +1,81 @@
-"""Every test runs on 8 simulated CPU devices, so that meshes are real; nothing here needs an accelerator or a network."""
+"""Every test runs on 8 simulated CPU devices, so that meshes are real; nothing here needs an accelerator or a network.
+
+The whole-system tests share the fixtures below: the command `llm-jax` on small datasets, and a run it has finished.
+"""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "tiny.py"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=10, help="how often test_kill.py kills a run")
+
+
+class Tiny:
+    """The command `llm-jax` with tests/tiny.py, on two small datasets, `tiny` and `other`, and with a cache of its own.
+
+    num_devices: simulated ones; a test that compares with numbers of the same process wants as many as that has
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.data_dir = folder / "tfds"
+        self.cache = folder / "cache"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("XLA_")},
+            "JAX_PLATFORMS": "cpu",
+            "LLM_JAX_CACHE": str(self.cache),
+            "TFDS_DATA_DIR": str(self.data_dir),
+        }
+
+    def command(self, verb: str, workdir: pathlib.Path, *flags: str) -> list[str]:
+        config = [f"--config={CONFIG}"] if verb in ("prepare", "train") else []
+        return [sys.executable, "-m", "llm_jax", verb, *config, f"--workdir={workdir}", *flags]
+
+    def run(self, verb: str, workdir: pathlib.Path, *flags: str, **options) -> subprocess.CompletedProcess:
+        """In a process of its own, as a user does."""
+        command = self.command(verb, workdir, *flags)
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, **options)
+
+    def main(self, monkeypatch, verb: str, workdir: pathlib.Path, *flags: str) -> int:
+        """In this process, on its 8 devices, in a fraction of the time; the exit code."""
+        from llm_jax import cli
+        from llm_jax.parallel import hosts
+
+        for name in ("LLM_JAX_CACHE", "TFDS_DATA_DIR"):
+            monkeypatch.setenv(name, self.environment[name])
+        monkeypatch.setattr(hosts, "start", lambda *args, **options: None)  # JAX runs already
+        return cli.main(self.command(verb, workdir, *flags)[3:])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    from tiny_corpus import TOPICS, write_corpus
+
+    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
+    write_corpus(tiny.data_dir, {"train": TOPICS[:30], "validation": TOPICS[30:36]})
+    write_corpus(tiny.data_dir, {"train": TOPICS[36:60], "validation": TOPICS[60:64]}, name="other")
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a finished run of tests/tiny.py on one device; tests that write to it take a copy."""
+    workdir = tmp_path_factory.mktemp("trained")
+    done = tiny.run("train", workdir)
+    assert done.returncode == 0, done.stderr
+    (workdir / "stdout.txt").write_text(done.stdout)
+    (workdir / "stderr.txt").write_text(done.stderr)
+    return workdir

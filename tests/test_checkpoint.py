@@ -165,7 +165,7 @@ def numbers_in(step: pathlib.Path, tree) -> list[tuple[pathlib.Path, int]]:
 
 @pytest.mark.parametrize("where", ["numbers", "anywhere"])
 def test_every_flipped_bit_is_found(saved, tmp_path, mesh, capfd, where):
-    """40 in the numbers: each must be found. 40 in any file of the step: found, or without an effect."""
+    """40 in the numbers: each must be found. 20 in any file of the step: found, or without an effect."""
     rng = np.random.default_rng(0)
     targets = {item: abstract(tree, mesh) for item, tree in numbers().items()}
     if where == "numbers":
@@ -175,7 +175,7 @@ def test_every_flipped_bit_is_found(saved, tmp_path, mesh, capfd, where):
         files = [path for path in sorted((saved / "2").glob("**/*")) if path.is_file()]
         places = [(path, offset) for path in files for offset in range(path.stat().st_size)]
     found_in = []
-    for trial in range(40):
+    for trial in range(40 if where == "numbers" else 20):
         directory = copied(saved, tmp_path, str(trial))
         source, offset = places[rng.integers(len(places))]
         path = directory / source.relative_to(saved)
@@ -192,7 +192,7 @@ def test_every_flipped_bit_is_found(saved, tmp_path, mesh, capfd, where):
             assert message.count("\n") == 1 and "2 is damaged and renamed to 2.bad" in message
         else:
             assert message == ""
-    assert len(found_in) == 40 if where == "numbers" else len(found_in) > 20
+    assert len(found_in) == 40 if where == "numbers" else len(found_in) > 10
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,9 @@ def test_keeps_the_newest_and_every_so_many(tmp_path, mesh):
     checkpoints.close()
     assert checkpoints.steps() == [4, 6, 7] and checkpoints.latest() == 7
     again = Checkpoints(tmp_path, keep=1)
-    again.save(8, {"state": state}, {})
+    again.save(8, {"state": state, "without arrays": ((), {})}, {})
     again.close()
+    assert again.restore({"without arrays": ((), {})})[1] == {"without arrays": ((), {})}
     assert again.steps() == [8]
 
 

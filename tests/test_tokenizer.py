@@ -5,10 +5,11 @@ import hypothesis
 import pytest
 import sentencepiece
 from hypothesis import strategies
+from tiny_corpus import TOPICS, write_corpus
+
 from llm_jax.config import Source, UserError
 from llm_jax.data.sources import open_documents
 from llm_jax.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
-from tiny_corpus import TOPICS, write_corpus
 
 HARD = [
     "",
@@ -34,8 +35,9 @@ def tokenizer(request):
 
 def foreign_model(**settings) -> bytes:
     model = io.BytesIO()
+    lines = iter("\n".join(TOPICS[:10]).split("\n"))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TOPICS[10].split("\n")), model_writer=model, vocab_size=100, minloglevel=2, **settings
+        sentence_iterator=lines, model_writer=model, vocab_size=200, minloglevel=2, **settings
     )
     return model.getvalue()
 
@@ -58,7 +60,7 @@ def test_round_trip(tokenizer, text):
 def test_round_trip_of_real_text(tokenizer):
     encoded = tokenizer.encode(TOPICS)
     assert [tokenizer.decode(ids) for ids in encoded] == TOPICS
-    assert sum(len(text.encode()) for text in TOPICS) / sum(map(len, encoded)) > 2.5  # bytes a token
+    assert sum(len(text.encode()) for text in TOPICS) / sum(map(len, encoded)) > 2.3  # bytes a token
 
 
 @hypothesis.settings(
@@ -82,7 +84,7 @@ def test_the_same_texts_give_the_same_model(tokenizer):
 def test_a_line_of_any_length_is_learned_from():
     line = " ".join(" ".join(TOPICS).split())[:300_000]
     cut = train_tokenizer(iter([line]), kind="bpe", vocab_size=800)
-    assert len(line.encode()) / len(cut.encode([line])[0]) > 2.5
+    assert len(line.encode()) / len(cut.encode([line])[0]) > 2.3
 
 
 def test_save_and_load(tokenizer, tmp_path):

@@ -50,7 +50,7 @@ def shards(data_dir, name: str = "tiny", split: str = "train") -> list:
 
 
 class CharacterTokenizer:
-    """Stands in for a Tokenizer where only the ids matter: a character is its code plus 10. Can be sent to a process."""
+    """Stands in for a Tokenizer where only the ids matter: a character is its code plus 10."""
 
     vocab_size = 0x110000 + 10
     sha256 = "characters"

@@ -92,7 +92,7 @@ class TrainStream:
         return {
             "stores": {name: store.fingerprint for name, store in self.stores.items()},
             "tokenizer": next(iter(self.stores.values())).tokenizer_sha256,
-            "weights": {name: float(self.weights[name]) for name in self.names},
+            "weights": {name: self.weights[name] / sum(self.weights.values()) for name in self.names},
             "seed": self.seed,
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,

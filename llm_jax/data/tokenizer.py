@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -22,7 +23,7 @@ from llm_jax.data.sources import Documents
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
 LONGEST_LINE = 16_384  # characters; SentencePiece would drop a longer line (in bytes: 4 times that) without a word
-SETTINGS = dict(
+SETTINGS: dict[str, Any] = dict(
     normalization_rule_name="identity",
     remove_extra_whitespaces=False,
     add_dummy_prefix=False,

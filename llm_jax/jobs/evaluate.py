@@ -28,10 +28,11 @@ def run(
     start(config)
     work = Workdir(workdir)
     say = (lambda text: None) if as_json else print
-    prepared = prepare(config, say=say)
+    tokenizer = work.load_tokenizer()
+    prepared = prepare(work.with_own_tokenizer(config), say=say)
     mesh = mesh_for_reading(config.parallel)
     with jax.set_mesh(mesh):
-        step, model = restore_parameters(work, config, prepared.tokenizer.vocab_size, mesh, step=step)
+        step, model = restore_parameters(work, config, tokenizer, mesh, step=step)
         held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
         evaluate = make_evaluate(mesh, batch_size or config.evaluate.batch_size, config.train.loss_chunk)
         result = {"step": step, **evaluate(model, held_out)}

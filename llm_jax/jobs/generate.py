@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.config import Config, UserError
-from llm_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer, load_tokenizer
+from llm_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
 from llm_jax.model import decoding
 from llm_jax.model.transformer import Transformer
@@ -39,12 +39,12 @@ def run(
     """The verb: prints each prompt with its continuation, or a JSON list of {"prompt", "text"}."""
     start(config)
     work = Workdir(workdir)
-    tokenizer = load_tokenizer(work.tokenizer)
+    tokenizer = work.load_tokenizer()
     mesh = mesh_for_reading(config.parallel)
     sampling = decoding.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, eos=EOS)
     with jax.set_mesh(mesh):
-        step, model = restore_parameters(work, config, tokenizer.vocab_size, mesh, step=step)
-        show = _Printer(prompts[0]) if stream and hosts.is_first() else None
+        step, model = restore_parameters(work, config, tokenizer, mesh, step=step)
+        show = _Printer(prompts[0]) if stream and not as_json and hosts.is_first() else None
         texts = generate(
             model, tokenizer, prompts, mesh=mesh, sampling=sampling, max_tokens=max_tokens, seed=seed, show=show
         )
@@ -52,10 +52,12 @@ def run(
         return
     if as_json:
         print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=2, ensure_ascii=False))
-    elif show is not None:
-        print()
+        return
+    if show is not None:
+        show.finish(texts[0])
     else:
-        print("\n---\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+        sys.stdout.write(prompts[0] + texts[0])
+    print("".join(f"\n---\n{prompt}{text}" for prompt, text in zip(prompts[1:], texts[1:], strict=True)))
 
 
 def generate(
@@ -127,3 +129,7 @@ class _Printer:
             sys.stdout.write(whole[len(self.printed) :])
             sys.stdout.flush()
             self.printed = whole
+
+    def finish(self, text: str) -> None:
+        """What waited was no half of a character."""
+        sys.stdout.write(text.removeprefix(self.printed))

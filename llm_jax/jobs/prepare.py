@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 from llm_jax import config
 from llm_jax.config import Config, UserError
-from llm_jax.data import sources, store
+from llm_jax.data import sources, store_writer
 from llm_jax.data.sources import Documents
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizer import SETTINGS, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 
-SAMPLED_BYTES = 300_000  # of text, tokenized to estimate how long the rest takes
+SAMPLED_BYTES = 1_000_000  # of text, tokenized to estimate how long the rest takes
 SAMPLE_SEED = 0  # of the text the tokenizer is trained on: the same tokenizer whatever train.seed
 
 
@@ -54,7 +54,7 @@ def prepare(config: Config, *, say: Callable[[str], None] = print) -> Prepared:
         stores = {}
         for name in names:
             announce(train[name], held_out[name], tokenizer, config.data, cache, say)
-            stores[name] = store.prepare_store(
+            stores[name] = store_writer.prepare_store(
                 train[name],
                 held_out[name],
                 tokenizer,
@@ -114,7 +114,10 @@ def make_tokenizer(config: Config, train: dict[str, Documents], cache: str, say:
         return load_tokenizer(os.path.expanduser(settings.model_file))
     skip_bad = config.data.skip_bad_documents
     weights = [source.weight for source in config.data.sources]
-    sampled = [[documents.fingerprint, weight] for documents, weight in zip(train.values(), weights, strict=True)]
+    total = sum(weights)
+    sampled = [
+        [documents.fingerprint, weight / total] for documents, weight in zip(train.values(), weights, strict=True)
+    ]
     identity = [settings.kind, settings.vocab_size, settings.train_bytes, SAMPLE_SEED, SETTINGS, skip_bad, sampled]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = os.path.join(cache, "tokenizers", f"{fingerprint[:16]}.model")
@@ -140,16 +143,16 @@ def announce(
     say: Callable[[str], None],
 ) -> None:
     """Says how long the tokenizing of a source will take, from a small sample; nothing if it is done."""
-    fingerprint = store.store_fingerprint(train, held_out, tokenizer, data.skip_bad_documents)
-    if store.is_complete(store.store_folder(train, fingerprint, cache)):
+    fingerprint = store_writer.store_fingerprint(train, held_out, tokenizer, data.skip_bad_documents)
+    if store_writer.is_complete(store_writer.store_folder(train, fingerprint, cache)):
         return
     sample = list(sample_texts([train], [1.0], SAMPLED_BYTES, SAMPLE_SEED, data.skip_bad_documents))
     begin = time.monotonic()
     tokenizer.encode(sample)
     bytes_per_second = sum(len(text.encode()) for text in sample) / max(time.monotonic() - begin, 1e-6)
-    workers = data.num_workers or store.num_cores()
+    workers = data.num_workers or store_writer.num_cores()
     num_bytes = train.num_bytes + held_out.num_bytes
-    seconds = num_bytes / bytes_per_second / min(workers, store.num_cores())
+    seconds = num_bytes / bytes_per_second / min(workers, store_writer.num_cores())
     say(
         f"tokenizing {train.name}: {len(train) + len(held_out):,} documents, {num_bytes / 1e6:,.1f} MB, "
         f"{workers} worker{'s' if workers > 1 else ''}, about {duration(seconds)}"
@@ -190,7 +193,7 @@ def summary(prepared: Prepared) -> dict:
 
 
 def table(result: dict) -> str:
-    rows = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "empty", "bad")]
+    rows: list[tuple[str, ...]] = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "empty", "bad")]
     for name, splits in result["sources"].items():
         for split, n in splits.items():
             counts = [n["documents"], n["tokens"], n["bytes"]]

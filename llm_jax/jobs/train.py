@@ -8,12 +8,14 @@ import concurrent.futures
 import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llm_jax.config import Config, UserError
 from llm_jax.data.stream import HeldOut, TrainStream
@@ -40,13 +42,13 @@ BATCHES_AHEAD = 2
 
 def run(config: Config, workdir: str, as_json: bool = False) -> int:
     """The verb; returns the exit code: 0 done, 75 saved after a preemption notice."""
+    say = functools.partial(print, file=sys.stderr) if as_json else print
     work = Workdir(workdir)
     work.claim(config)
-    start(config)
+    start(config, saves_on_sigterm=True)
     mesh, rules = make_mesh(config.parallel), Rules()
-    prepared = prepare(config)
-    print(table(summary(prepared)))
-    prepared.tokenizer.save(work.tokenizer)
+    prepared = prepare(work.with_own_tokenizer(config), say=say)
+    say(table(summary(prepared)))
     stream = make_stream(config, prepared)
 
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -60,7 +62,10 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(work.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         state, first_step = restore_or_init(checkpoints, init, mesh, stream, config)
-        print(describe(state, config, mesh, first_step))
+        if hosts.is_first():
+            prepared.tokenizer.save(work.tokenizer)
+            work.save_config(config)
+        say(describe(state, config, mesh, first_step))
         step_function = jax.jit(
             functools.partial(
                 train_step,
@@ -79,10 +84,16 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
         def save(step: int, state: TrainState) -> None:
             record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
             items = {"parameters": state.parameters, "optimizer": state.optimizer}
+            if not all_finite(items):
+                raise FloatingPointError(f"step {step} made a parameter NaN or infinite; the newest checkpoint is from before")
             checkpoints.save(step, items, {"data": stream.fingerprint})
 
-        if first_step == 0:
-            record.evaluation(0, evaluate(state.parameters, held_out, config.evaluate.subset))
+        def due(step: int) -> bool:
+            every = config.evaluate.every
+            return step in (0, config.train.steps) or (every is not None and step % every == 0)
+
+        if due(first_step) and not record.has_evaluation(first_step):
+            record.evaluation(first_step, evaluate(state.parameters, held_out, config.evaluate.subset))
         for step, batch in zip(
             range(first_step + 1, config.train.steps + 1), batches(stream, first_step, mesh, rules), strict=False
         ):
@@ -90,17 +101,18 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
             record.training(step, metrics)
             checkpoints.check()
             preempted = checkpoints.reached_preemption(step)
-            last = step == config.train.steps
-            if preempted or last or step % config.checkpoint.every == 0:
+            # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for it: the
+            # next start makes up for it.
+            if due(step) and not preempted:
+                record.flush()
+                record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
+            if preempted or step == config.train.steps or step % config.checkpoint.every == 0:
                 save(step, state)
             if preempted:
                 checkpoints.close()
                 record.close()
-                print(f"preempted: saved step {step}; the same command goes on from there")
+                say(f"preempted: saved step {step}; the same command goes on from there")
                 return PREEMPTED
-            if last or (config.evaluate.every and step % config.evaluate.every == 0):
-                record.flush()
-                record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
         checkpoints.close()
         record.close()
         finish(work, config, prepared, state, held_out, evaluate, mesh, as_json)
@@ -131,7 +143,10 @@ def restore_or_init(
     target = abstract_state(init, mesh)
     restored = checkpoints.restore({"parameters": target.parameters, "optimizer": target.optimizer})
     if restored is None:
-        return jax.jit(init)(), 0
+        # On CPU most of the time until the first step would be the optimization of code that runs once.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        return jax.jit(init, compiler_options=options)(), 0
     step, items, meta = restored
     if meta["data"] != stream.fingerprint and not config.checkpoint.allow_other_data:
         changed = [
@@ -175,6 +190,7 @@ class Record:
     one is under way, so that reporting never keeps the devices waiting. Only the first process writes."""
 
     def __init__(self, work: Workdir, config: Config, shape, mesh: jax.sharding.Mesh, first_step: int):
+        self.work = work
         self.config = config
         self.vocab_size = shape.vocab_size
         self.log = self.tensorboard = None
@@ -242,6 +258,12 @@ class Record:
         if step % self.config.log.every == 0 or step in (1, self.config.train.steps):
             self._write(line)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier start has evaluated at this step; the same answer in every process."""
+        lines = read(self.work.metrics) if hosts.is_first() else []
+        found = any(line.get("kind") == "evaluate" and line["step"] == step for line in lines)
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
+
     def evaluation(self, step: int, result: dict) -> None:
         """Takes the result of an evaluation of the fixed subset."""
         if hosts.is_first():
@@ -263,6 +285,11 @@ class Record:
         self.log.append(line)
         if self.tensorboard is not None:
             self.tensorboard.write(line, time.time())
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def check_first_step(loss: float, gradient_norms, vocab_size: int) -> None:
@@ -289,18 +316,20 @@ def describe(state: TrainState, config: Config, mesh: jax.sharding.Mesh, first_s
 def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: bool) -> None:
     """Evaluates everything, shows a sample, and says where things lie."""
     result = {"step": config.train.steps, **evaluate(state.parameters, held_out)}
+    if hosts.is_first():
+        write_atomically(work.evaluation, json.dumps(result, indent=2) + "\n")
     sample = None
     if config.log.sample_prompt is not None:
         sampling = Sampling(temperature=0.8, top_p=0.95)
         prompt, length = config.log.sample_prompt, config.log.sample_tokens
         if state.parameters.position_embed is not None:
-            length = min(length, config.train.sequence_length // 2)
-        sample = prompt + generate(
-            state.parameters, prepared.tokenizer, [prompt], mesh=mesh, sampling=sampling, max_tokens=length, seed=0
-        )[0]  # fmt: skip
+            length = min(length, config.train.sequence_length - 1 - len(prepared.tokenizer.encode([prompt])[0]))
+        if length > 0:  # else the prompt takes all positions there are
+            sample = prompt + generate(
+                state.parameters, prepared.tokenizer, [prompt], mesh=mesh, sampling=sampling, max_tokens=length, seed=0
+            )[0]  # fmt: skip
     if not hosts.is_first():
         return
-    write_atomically(work.evaluation, json.dumps(result, indent=2) + "\n")
     if as_json:
         print(json.dumps({"workdir": str(work.path), "evaluate": result, "sample": sample}, indent=2, ensure_ascii=False))
         return

@@ -17,7 +17,9 @@ import jax
 
 from llm_jax import config as config_module
 from llm_jax.config import Config, Parallel, UserError
+from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.jobs.prepare import cache_dir
+from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, make_mesh
 from llm_jax.safety.checkpoint import Checkpoints
@@ -27,6 +29,8 @@ from llm_jax.training.state import abstract_state, make_init, model_shape
 # What may change between two starts of a run without making it another run.
 FREE = ("checkpoint.", "evaluate.", "log.", "parallel.", "train.steps", "train.microbatches", "train.loss_chunk",
         "model.layers", "model.remat", "data.data_dir", "data.cache_dir", "data.num_workers")  # fmt: skip
+# And what may with checkpoint.allow_other_data: what the fingerprint of the data is made of.
+DATA = ("data.", "train.batch_size", "train.sequence_length", "train.seed")
 
 
 class Workdir:
@@ -39,13 +43,17 @@ class Workdir:
         self.evaluation = self.path / "evaluate.json"
 
     def claim(self, config: Config) -> None:
-        """Makes the directory that of a run with this config, or checks that it is; UserError with the differences."""
-        if self.config.exists():
-            saved = config_module.from_dict(json.loads(self.config.read_text()))
+        """Makes the directory that of a run with this config, or checks that it is; UserError with the differences.
+
+        Until the run has begun to train, another config may take the place of the first one: a mistake in it costs
+        nothing. Afterwards the file is left alone until it is sure that the run goes on: save_config.
+        """
+        if self.has_begun() and self.config.exists():
+            free = FREE + DATA if config.checkpoint.allow_other_data else FREE
             changed = {
                 field: values
-                for field, values in config_module.differences(saved, config).items()
-                if not field.startswith(FREE)
+                for field, values in config_module.differences(self.saved_config(), config).items()
+                if not field.startswith(free)
             }
             if changed:
                 lines = [f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changed.items()]
@@ -53,8 +61,39 @@ class Workdir:
                     f"--workdir={self.path} holds a run with another config; take another --workdir, or these values\n"
                     + "\n".join(lines)
                 )
-        self.path.mkdir(parents=True, exist_ok=True)
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"--workdir={self.path} is a file; give a directory") from error
+        self.save_config(config)
+
+    def has_begun(self) -> bool:
+        """Whether there is something to lose."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def saved_config(self) -> Config:
+        try:
+            return config_module.from_dict(json.loads(self.config.read_text("utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.config} is damaged ({error}); mend it, or take another --workdir") from error
+
+    def save_config(self, config: Config) -> None:
         write_atomically(self.config, config_module.dumps(config))
+
+    def with_own_tokenizer(self, config: Config) -> Config:
+        """The config with the tokenizer that the run began with, if it has: not one trained anew on other text, should the
+        sources have changed since."""
+        if not (self.has_begun() and self.tokenizer.exists()):
+            return config
+        own = dataclasses.replace(config.tokenizer, model_file=str(self.tokenizer))
+        return dataclasses.replace(config, tokenizer=own)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The one the run was trained with."""
+        if not self.tokenizer.exists():
+            raise UserError(f"{self.path} holds no checkpoint yet; run `llm-jax train --workdir={self.path}` first")
+        return load_tokenizer(self.tokenizer)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -64,9 +103,10 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(new, path)
 
 
-def start(config: Config) -> None:
+def start(config: Config, *, saves_on_sigterm: bool = False) -> None:
     """Starts JAX as the config says; what it compiles is kept for the next start."""
-    hosts.start(config.parallel, compilation_cache=os.path.join(cache_dir(config.data), "compiled"))
+    cache = os.path.join(cache_dir(config.data), "compiled")
+    hosts.start(config.parallel, compilation_cache=cache, saves_on_sigterm=saves_on_sigterm)
 
 
 def mesh_for_reading(parallel: Parallel) -> jax.sharding.Mesh:
@@ -78,15 +118,20 @@ def mesh_for_reading(parallel: Parallel) -> jax.sharding.Mesh:
 
 
 def restore_parameters(
-    workdir: Workdir, config: Config, vocab_size: int, mesh: jax.sharding.Mesh, *, step: int | None
-) -> tuple[int, object]:
+    workdir: Workdir, config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, step: int | None
+) -> tuple[int, Transformer]:
     """(step, model) of the newest intact checkpoint, or of `step`; only the parameters are read."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    shape = model_shape(config.model, vocab_size=vocab_size, sequence_length=config.train.sequence_length)
+    shape = model_shape(config.model, vocab_size=tokenizer.vocab_size, sequence_length=config.train.sequence_length)
     init = make_init(config.model, shape, optimizer, mesh=mesh, rules=Rules(), seed=config.train.seed)
     target = abstract_state(init, mesh).parameters
     restored = Checkpoints(workdir.checkpoints).restore({"parameters": target}, step=step)
     if restored is None:
         raise UserError(f"{workdir.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={workdir.path}` first")
-    step, items, _ = restored
+    step, items, meta = restored
+    if meta["data"]["tokenizer"] != tokenizer.sha256:
+        raise UserError(
+            f"{workdir.tokenizer} is not the tokenizer of the checkpoint of step {step} (sha256 {tokenizer.sha256[:12]}, "
+            f"not {meta['data']['tokenizer'][:12]}); restore it, or run `llm-jax train --workdir={workdir.path}` again"
+        )
     return step, items["parameters"]

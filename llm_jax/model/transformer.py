@@ -199,7 +199,8 @@ class Transformer(nnx.Module):
             table_TD = gathered(self.position_embed, self.rules.spec(None, None), self.dtype)
             x_BTD += table_TD.at[positions_BT].get(out_sharding=spec)
         elif self.shape.position == "sinusoidal":
-            x_BTD += sinusoidal(positions_BT, self.shape.width).astype(self.dtype)
+            # Scaled as in Vaswani et al. 2017, section 3.4, or the sines would drown the small initial embeddings.
+            x_BTD = x_BTD * math.sqrt(self.shape.width) + sinusoidal(positions_BT, self.shape.width).astype(self.dtype)
         return x_BTD
 
     def _over_layers(self, run, x_BTD, layers):

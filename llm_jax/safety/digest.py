@@ -8,7 +8,6 @@ one-to-one; other damage escapes with a probability of about 2^-64, as there are
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -30,19 +29,12 @@ def _sum(array: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(array, BITS[array.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros((), jnp.uint32)
     for dimension, size in enumerate(array.shape):
-        index = index * jnp.uint32(size) + _iota(array, dimension)  # wraps around for more than 2^32 elements
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dimension)  # modulo 2^32
     mixed = _mix(bits + jnp.uint32(0x9E3779B9) * _mix(index + jnp.uint32(1)))
     return jnp.stack([
         jnp.sum(mixed, dtype=jnp.uint32),
         jnp.sum(_mix(mixed ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32),
     ])  # fmt: skip
-
-
-def _iota(array: jax.Array, dimension: int) -> jax.Array:
-    """The index along a dimension, sharded as the array, so that no device holds the whole of it."""
-    sharding = jax.typeof(array).sharding
-    explicit = bool(sharding.mesh.axis_types) and all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
-    return jax.lax.broadcasted_iota(jnp.uint32, array.shape, dimension, out_sharding=sharding if explicit else None)
 
 
 def _mix(words: jax.Array) -> jax.Array:

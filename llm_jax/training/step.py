@@ -28,20 +28,21 @@ def train_step(
     learning_rate, and gradient_norms: a tree like the parameters with a norm per layer of each.
     """
 
-    def add_microbatch(sums, batch):
+    def sums(batch):
         (_, counts), gradient = jax.value_and_grad(loss_sums, has_aux=True)(
             state.parameters, batch, z_loss=z_loss, chunk=chunk
         )
-        return jax.tree.map(jnp.add, sums, (counts, gradient)), None
+        return counts, gradient
 
     if num_microbatches == 1:
-        (_, counts), gradient = jax.value_and_grad(loss_sums, has_aux=True)(
-            state.parameters, batch, z_loss=z_loss, chunk=chunk
-        )
+        counts, gradient = sums(batch)
     else:
-        zero = {"nll": jnp.zeros(()), "tokens": jnp.zeros(())}
-        zeros = (zero, jax.tree.map(jnp.zeros_like, state.parameters))
-        (counts, gradient), _ = jax.lax.scan(add_microbatch, zeros, _split(batch, num_microbatches))
+        zeros = ({"nll": jnp.zeros(()), "tokens": jnp.zeros(())}, jax.tree.map(jnp.zeros_like, state.parameters))
+        (counts, gradient), _ = jax.lax.scan(
+            lambda so_far, batch: (jax.tree.map(jnp.add, so_far, sums(batch)), None),
+            zeros,
+            _split(batch, num_microbatches),
+        )
     num_tokens = jnp.maximum(counts["tokens"], 1)
     gradient = jax.tree.map(lambda leaf: leaf / num_tokens, gradient)
 

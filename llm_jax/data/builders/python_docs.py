@@ -66,8 +66,8 @@ def split_of(module: str) -> str:
 
 
 def documents(folders: list[str]) -> Iterator[tuple[str, str]]:
-    """(module, text) of each documented module below the folders. A docstring that came before is left out."""
-    seen = set()
+    """(module, text) of each documented module below the folders, each module and each docstring once."""
+    seen, modules = set(), set()
 
     def new(text: str) -> bool:
         digest = hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
@@ -79,6 +79,8 @@ def documents(folders: list[str]) -> Iterator[tuple[str, str]]:
             yield f"topics.{name}", text + "\n"
     for folder in dict.fromkeys(map(os.path.realpath, folders)):
         for module, path in python_files(folder):
+            if module in modules:  # name.py beside name/__init__.py, or a backport of a module of the standard library
+                continue
             with open(path, "rb") as file:
                 source = file.read()
             # Counting quotes is 20 times faster than parsing.
@@ -87,6 +89,7 @@ def documents(folders: list[str]) -> Iterator[tuple[str, str]]:
                 continue
             parts = [(name, text) for name, text in docstrings(source, module) if is_english(text) and new(text)]
             if parts:
+                modules.add(module)
                 yield module, "\n\n".join(f"{name}\n\n{text}" for name, text in parts) + "\n"
 
 

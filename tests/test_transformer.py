@@ -1,0 +1,264 @@
+"""The model and its layers: norm, position, feed_forward, transformer."""
+
+import math
+import os
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_model import FAMILIES, GPT2, LENGTH, LLAMA, RULES, VOCAB_SIZE, make_mesh, make_model, packed_rows, put, variant
+
+from llm_jax import config
+from llm_jax.model.norm import Norm
+from llm_jax.model.position import rotate, sinusoidal
+from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.training.losses import loss_sums
+from llm_jax.training.state import model_shape
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@jax.jit
+def logits(model, tokens_BT, segments_BT, positions_BT):
+    return model.logits(model(tokens_BT, segments_BT, positions_BT))
+
+
+@jax.jit
+def loss_and_gradient(model, batch):
+    def mean(model):
+        objective, counts = loss_sums(model, batch, z_loss=1e-3, chunk=None)
+        return objective / counts["tokens"]
+
+    return jax.value_and_grad(mean)(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_leak_from_the_future_or_another_document(family):
+    rows = {name: values[1:2, :LENGTH] for name, values in packed_rows(2, seed=4).items()}
+    segments, positions = rows["segments"][0], rows["positions"][0]
+    assert len(set(segments)) >= 4 and segments[-1] == 0  # three documents and padding
+    with jax.set_mesh(make_mesh()):
+        model = make_model(FAMILIES[family])
+        before = np.asarray(logits(model, rows["tokens"], rows["segments"], rows["positions"]))[0]
+        for j in range(LENGTH):
+            tokens = rows["tokens"].copy()
+            tokens[0, j] = (tokens[0, j] + 1) % VOCAB_SIZE
+            after = np.asarray(logits(model, tokens, rows["segments"], rows["positions"]))[0]
+            unaffected = (np.arange(LENGTH) < j) | (segments != segments[j])
+            np.testing.assert_array_equal(after[unaffected], before[unaffected])
+            assert (after != before)[~unaffected].any(axis=1).all(), f"token {j} must change what follows in its document"
+        # A document does not know where in the row it stands.
+        second = np.flatnonzero(segments == 2)
+        alone = {name: np.zeros_like(values) for name, values in rows.items()}
+        for name in rows:
+            alone[name][0, : len(second)] = rows[name][0, second]
+        moved = np.asarray(logits(model, alone["tokens"], alone["segments"], alone["positions"]))[0, : len(second)]
+        assert positions[second[0]] == 0
+        np.testing.assert_allclose(moved, before[second], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_matter(family):
+    """Without them, attention over equal tokens would say the same everywhere."""
+    tokens = np.array([[3, 5] * (LENGTH // 2)], np.int32)
+    positions = np.arange(LENGTH, dtype=np.int32)[None]
+    with jax.set_mesh(make_mesh()):
+        model = make_model(FAMILIES[family])
+        result = np.asarray(logits(model, tokens, np.ones_like(tokens), positions))[0]
+    assert np.abs(result[3::2] - result[1:-2:2]).max(axis=1).min() > 1e-3
+
+
+vectors = st.lists(st.floats(-2, 2, width=32), min_size=8, max_size=8)
+
+
+@hypothesis.given(vectors, vectors, st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_rope_sees_only_distances(q, k, query, key, shift):
+    def score(query, key):
+        turned = _rotate(np.array([[[q], [k]]], np.float32), np.array([[query, key]], np.int32))
+        return float(turned[0, 0, 0] @ turned[0, 1, 0])
+
+    # Angles are float32: at position 1000 they are exact to 6e-5.
+    assert score(query, key) == pytest.approx(score(query + shift, key + shift), abs=3e-3)
+    assert score(key, key) == pytest.approx(float(np.dot(np.float32(q), np.float32(k))), abs=1e-4)
+
+
+_rotate = jax.jit(lambda x_BTNH, positions_BT: rotate(x_BTNH, positions_BT, 100.0))
+
+
+def test_rope_turns_pairs_as_complex_numbers():
+    x_BTNH = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions_BT = np.array([[0, 1, 2, 3, 4], [7, 8, 0, 1, 2]], np.int32)
+    turn = np.exp(1j * positions_BT[:, :, None, None] * 100.0 ** (-2 * np.arange(4) / 8))
+    turned = (x_BTNH[..., :4] + 1j * x_BTNH[..., 4:]) * turn
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(_rotate(x_BTNH, positions_BT), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sinusoidal_positions():
+    positions_BT = np.array([[0, 1, 2, 50], [3, 0, 1, 0]], np.int32)
+    table = np.array(
+        [[f(p / 10_000 ** (i / 4)) for f in (math.sin, math.cos) for i in range(4)] for p in range(51)], np.float32
+    )
+    np.testing.assert_allclose(sinusoidal(positions_BT, 8), table[positions_BT], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("centred, use_bias", [(False, False), (True, True), (True, False)])
+def test_norms_equal_numpy(centred, use_bias):
+    rng = np.random.default_rng(0)
+    x = (3 * rng.normal(size=(2, 5, 16)) + 1).astype(np.float32)
+    with jax.set_mesh(make_mesh()):
+        norm = Norm(16, centred=centred, use_bias=use_bias, epsilon=0.1)
+        scale, bias = rng.normal(size=(2, 16)).astype(np.float32)
+        norm.scale = nnx.Param(jnp.asarray(scale))
+        if use_bias:
+            norm.bias = nnx.Param(jnp.asarray(bias))
+        y, y16 = norm(x), norm(jnp.asarray(x, jnp.bfloat16))
+    centre = x - x.mean(-1, keepdims=True) if centred else x
+    expected = centre / np.sqrt((centre**2).mean(-1, keepdims=True) + 0.1) * scale + (bias if use_bias else 0)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    assert y16.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y16, np.float32), expected, atol=2**-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_feed_forward_equals_numpy(family):
+    with jax.set_mesh(make_mesh()):
+        model = make_model(FAMILIES[family])
+        layer = jax.tree.map(lambda leaf: leaf[1], model.blocks).feed_forward
+        x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
+        y = jax.jit(lambda layer, x: layer(x))(layer, x)
+    up = x @ layer.w_up[...]
+    if family == "llama":
+        assert model.shape.feed_forward_width == 96  # 8/3 of 32 is 85.3
+        gate = x @ layer.w_gate[...]
+        expected = (gate / (1 + np.exp(-gate)) * up) @ layer.w_down[...]
+    else:
+        assert model.shape.feed_forward_width == 128
+        erf = np.vectorize(math.erf)(np.asarray(up) / math.sqrt(2))
+        expected = (0.5 * up * (1 + erf)) @ layer.w_down[...]  # the tanh form differs by less than 1e-3
+    np.testing.assert_allclose(y, expected, atol=1e-3 if family == "gpt2" else 1e-6)
+
+
+def describe_parameters(model: config.Model) -> str:
+    with jax.set_mesh(make_mesh()):
+        parameters = jax.eval_shape(lambda: make_model(model))
+    return "".join(f"{name} {list(leaf.shape)} {leaf.dtype}\n" for name, leaf in named_leaves(parameters).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_parameter_names_are_those_of_existing_checkpoints(family):
+    path, found = GOLDEN / f"parameter_names_{family}.txt", describe_parameters(FAMILIES[family])
+    if os.environ.get("LLM_JAX_WRITE_GOLDEN"):
+        path.write_text(found, "utf-8")
+    assert path.read_text("utf-8") == found, (
+        f"the names or shapes of the parameters are the checkpoint format, and they changed against {path.name}. If that "
+        "is meant, run `LLM_JAX_WRITE_GOLDEN=1 python -m pytest tests/test_transformer.py -k names` and say in the commit "
+        "that checkpoints of before cannot be read"
+    )
+
+
+def test_number_of_parameters():
+    def count(model):
+        with jax.set_mesh(make_mesh()):
+            return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: make_model(model))))
+
+    V, D, L, T = VOCAB_SIZE, 32, 2, LENGTH
+    N, K, H, F = 8, 4, 8, 96
+    attention = D * N * H + 2 * D * K * H + N * H * D
+    assert count(LLAMA) == 2 * V * D + L * (attention + 2 * H + 3 * D * F + 2 * D) + D
+    # GPT-2: the sum that is known as 124M for its V, D, L, T = 50257, 768, 12, 1024
+    gpt2 = lambda V, D, L, T: V * D + T * D + L * (12 * D * D + 13 * D) + 2 * D
+    assert gpt2(50257, 768, 12, 1024) == 124_439_808
+    assert count(GPT2) == gpt2(V, D, L, T)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_leaf_is_a_parameter_in_float32(family):
+    with jax.set_mesh(make_mesh()):
+        model = jax.eval_shape(lambda: make_model(FAMILIES[family]))
+    variables = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    assert {type(variable) for variable in variables} == {nnx.Param}
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+
+
+def test_scan_unroll_and_remat_change_no_result():
+    """Without and with gathered weights (mesh 1x1, 8x1)."""
+    rows = packed_rows(8)
+    results = {}
+    for fsdp in (1, 8):
+        mesh = make_mesh(fsdp=fsdp)
+        with jax.set_mesh(mesh):
+            model, batch = make_model(LLAMA), put(rows, mesh)
+            kinds = [(False, "none"), (True, "gathers")] if fsdp == 8 else []
+            kinds += [(False, "gathers")] if fsdp == 8 else [(u, r) for u in (False, True) for r in ("none", "dots", "full")]
+            for unroll, remat in kinds:
+                result = loss_and_gradient(variant(model, unroll=unroll, remat=remat), batch)
+                results[fsdp, unroll, remat] = jax.tree.map(np.asarray, jax.tree.leaves(result))
+    expected = results.pop((1, False, "none"))
+    for result in results.values():
+        for leaf, expected_leaf in zip(result, expected, strict=True):
+            np.testing.assert_allclose(leaf, expected_leaf, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("width", [64, 512])
+def test_first_loss_is_that_of_a_guess(width, tied):
+    model = config.Model(num_layers=4, width=width, num_heads=4, tie_embeddings=tied)
+    assert abs(first_loss(model, vocab_size=512) - math.log(512)) < 0.5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "sinusoidal"])
+def test_first_loss_of_other_families(family):
+    assert abs(first_loss(FAMILIES[family], vocab_size=512) - math.log(512)) < 0.5
+
+
+def first_loss(model: config.Model, vocab_size: int) -> float:
+    rng = np.random.default_rng(0)
+    tokens_BU = rng.integers(vocab_size, size=(8, LENGTH + 1)).astype(np.int32)
+    positions_BT = np.tile(np.arange(LENGTH, dtype=np.int32), (8, 1))
+    with jax.set_mesh(make_mesh()):
+        made = make_model(model, vocab_size=vocab_size)
+        logits_BTV = np.asarray(logits(made, tokens_BU[:, :-1], np.ones_like(positions_BT), positions_BT), np.float64)
+    log_z = np.log(np.exp(logits_BTV).sum(-1))
+    return float(np.mean(log_z - np.take_along_axis(logits_BTV, tokens_BU[:, 1:, None].astype(int), -1)[..., 0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_every_layer_gets_a_gradient(family):
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        model = make_model(FAMILIES[family])
+        _, gradient = loss_and_gradient(model, put(packed_rows(8), mesh))
+    for name, leaf in named_leaves(gradient).items():
+        layers = np.asarray(leaf).reshape(leaf.shape[0] if name.startswith("blocks/") else 1, -1)
+        assert np.isfinite(layers).all() and np.abs(layers).max(axis=1).min() > 0, name
+
+
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters():
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        model, batch = make_model(LLAMA), put(packed_rows(8), mesh)
+        loss, gradient = loss_and_gradient(model, batch)
+        loss16, gradient16 = loss_and_gradient(variant_in_bfloat16(), batch)
+    assert float(loss16) == pytest.approx(float(loss), rel=1e-3)
+    for (name, leaf), leaf16 in zip(named_leaves(gradient).items(), jax.tree.leaves(gradient16), strict=True):
+        assert leaf16.dtype == jnp.float32
+        error = np.linalg.norm(np.asarray(leaf16 - leaf)) / np.linalg.norm(np.asarray(leaf))
+        assert error < 0.05, (name, error)
+
+
+def variant_in_bfloat16():
+    return make_model(config.dataclasses.replace(LLAMA, dtype="bfloat16"))
+
+
+def test_shape_resolves_every_none():
+    shape = model_shape(config.Model(width=768, num_heads=12), vocab_size=100, sequence_length=7)
+    assert (shape.num_kv_heads, shape.head_width, shape.feed_forward_width) == (12, 64, 2048)
+    shape = model_shape(config.Model(width=768, num_heads=12, activation="gelu"), vocab_size=100, sequence_length=7)
+    assert (shape.feed_forward_width, shape.max_length, RULES.spec("embed")) == (3072, 7, jax.P("fsdp"))
