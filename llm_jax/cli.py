@@ -52,7 +52,10 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """llm_jax.jobs.VERB.run(config=, workdir=, as_json=, and one keyword for each flag) -> exit code, or None for 0."""
+    """llm_jax.jobs.VERB.run(config=, workdir=, as_json=, and one keyword for each flag) -> exit code, or None for 0.
+
+    Of a verb of two words the second is the function: llm_jax.jobs.inspect.batch.
+    """
 
     summary: str
     explanation: str
@@ -105,6 +108,37 @@ VERBS = {
         ),
         reads_config_file=False,
     ),
+    "inspect batch": Verb(
+        summary="show the text that makes, or made, an update",
+        explanation="Documents, their keys and the tokens of each row; a batch is a function of the step, so any can be "
+        "shown at any time.",
+        example="llm-jax inspect batch --workdir=runs/quickstart --step=100",
+        flags=(
+            Flag("step", "integer", "number of the update; the first is 1", {"lower_bound": 1}),
+            Flag("text", "boolean", "show whole texts", default=False),
+        ),
+        reads_config_file=False,
+    ),
+    "inspect checkpoints": Verb(
+        summary="verify every checkpoint of a run",
+        explanation="Reads all arrays and compares their digests. Exit code 70 if one is damaged; nothing is changed.",
+        example="llm-jax inspect checkpoints --workdir=runs/quickstart",
+        reads_config_file=False,
+    ),
+    "inspect params": Verb(
+        summary="list the parameters of a checkpoint",
+        explanation="Names, shapes, types and the root mean square of each array.",
+        example="llm-jax inspect params --workdir=runs/quickstart",
+        flags=(STEP,),
+        reads_config_file=False,
+    ),
+    "inspect diff": Verb(
+        summary="compare two runs: config, losses, parameters",
+        explanation="Losses and parameters are compared to the last bit, where both runs have the step.",
+        example="llm-jax inspect diff --workdir=runs/a --other=runs/b",
+        flags=(Flag("other", "string", "the workdir of the other run"),),
+        reads_config_file=False,
+    ),
 }
 
 
@@ -114,7 +148,7 @@ def help_text() -> str:
         "",
         "Usage: llm-jax VERB [--config=FILE] [--config.SECTION.FIELD=VALUE ...] [--workdir=DIR] [--json]",
         "",
-        *(f"  {name:10}{verb.summary}" for name, verb in VERBS.items()),
+        *(f"  {name:21}{verb.summary}" for name, verb in VERBS.items()),
         "",
         "`llm-jax VERB --help` shows the flags of a verb. Examples:",
         "",
@@ -252,7 +286,9 @@ def run(name: str, argv: list[str]) -> int:
         if name == "generate":
             complete_generate(arguments)
         validate(arguments["config"])
-        return importlib.import_module(f"llm_jax.jobs.{name}").run(**arguments) or 0
+        module, _, function = name.partition(" ")
+        job = getattr(importlib.import_module(f"llm_jax.jobs.{module}"), function or "run")
+        return job(**arguments) or 0
     except OSError as error:
         advice = OS_ERROR_ADVICE.get(error.errno or 0)
         path = os.path.abspath(error.filename) if isinstance(error.filename, str) else ""
@@ -267,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command, reports its errors on standard error and returns its exit code (see the top of this file)."""
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else "--help"
+    if " ".join(argv[:2]) in VERBS:
+        name, argv = " ".join(argv[:2]), argv[1:]
     try:
         if name in ("--help", "-h", "help"):
             print(help_text())

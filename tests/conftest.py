@@ -7,13 +7,20 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiles in half the time, which is most of the time of the tests.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Jobs jit their functions anew each time they are called.
+COMPILED = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "tiny.py"
@@ -24,18 +31,14 @@ def pytest_addoption(parser):
 
 
 class Tiny:
-    """The command `llm-jax` with tests/tiny.py, on two small datasets, `tiny` and `other`, and with a cache of its own.
-
-    num_devices: simulated ones; a test that compares with numbers of the same process wants as many as that has
-    """
+    """The command `llm-jax` with tests/tiny.py, on two small datasets, `tiny` and `other`, and with a cache of its own."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.data_dir = folder / "tfds"
         self.cache = folder / "cache"
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("XLA_")},
-            "JAX_PLATFORMS": "cpu",
+            **os.environ,
             "LLM_JAX_CACHE": str(self.cache),
             "TFDS_DATA_DIR": str(self.data_dir),
         }
@@ -49,14 +52,16 @@ class Tiny:
         command = self.command(verb, workdir, *flags)
         return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, **options)
 
-    def main(self, monkeypatch, verb: str, workdir: pathlib.Path, *flags: str) -> int:
-        """In this process, on its 8 devices, in a fraction of the time; the exit code."""
+    def main(self, monkeypatch, verb: str, workdir: pathlib.Path, *flags: str, num_devices: int = 8) -> int:
+        """In this process, on so many of its 8 devices; the exit code. Faster where next to nothing is compiled."""
         from llm_jax import cli
         from llm_jax.parallel import hosts
 
         for name in ("LLM_JAX_CACHE", "TFDS_DATA_DIR"):
             monkeypatch.setenv(name, self.environment[name])
         monkeypatch.setattr(hosts, "start", lambda *args, **options: None)  # JAX runs already
+        devices = jax.local_devices()[:num_devices]
+        monkeypatch.setattr(jax, "devices", lambda: devices)
         return cli.main(self.command(verb, workdir, *flags)[3:])
 
 

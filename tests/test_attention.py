@@ -16,7 +16,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, offset):
             continue
         scores = np.array([q_BTNH[b, t, n] @ k_BSKH[b, s, n // group] for s in seen]) / np.sqrt(q_BTNH.shape[3])
         weights = np.exp(scores - scores.max())
-        out_BTNH[b, t, n] = sum(w * v_BSKH[b, s, n // group] for w, s in zip(weights / weights.sum(), seen, strict=True))
+        out_BTNH[b, t, n] = sum(
+            w * v_BSKH[b, s, n // group] for w, s in zip(weights / weights.sum(), seen, strict=True)
+        )
     return out_BTNH
 
 

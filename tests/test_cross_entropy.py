@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import FAST, RULES, make_mesh
 
 from llm_jax.kernels.cross_entropy import cross_entropy, reference_cross_entropy, token_statistics
-from tiny_model import RULES, make_mesh
 
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 # 8 rows of 7 tokens, over 1 to 8 devices: chunks of 3 and 5 need padding on each mesh
@@ -25,12 +25,14 @@ def inputs(dtype=jnp.float32, batch_size=8, length=7, width=16, vocab_size=32):
 
 def put(mesh, hidden_BTD, head_DV, *arrays_BT):
     """The inputs in the shardings that cross_entropy asks for."""
-    specs = [RULES.spec("batch", None, None), RULES.spec("embed", "vocab")] + [RULES.spec("batch", None)] * len(arrays_BT)
+    specs = [RULES.spec("batch", None, None), RULES.spec("embed", "vocab")] + [RULES.spec("batch", None)] * len(
+        arrays_BT
+    )
     arrays = (hidden_BTD, head_DV, *arrays_BT)
     return [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), compiler_options=FAST)
 def value_and_gradients(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss, soft_cap, chunk):
     def loss(hidden_BTD, head_DV):
         objective, nll = cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss, soft_cap, chunk, RULES)
@@ -79,7 +81,10 @@ def test_no_gradient_flows_through_the_reported_loss():
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         hidden, head, targets, weights = put(mesh, *inputs())
-        nll = lambda hidden, head: cross_entropy(hidden, head, targets, weights, 0.0, None, None, RULES)[1]
+
+        def nll(hidden, head):
+            return cross_entropy(hidden, head, targets, weights, 0.0, None, None, RULES)[1]
+
         assert all(not np.any(gradient) for gradient in jax.grad(nll, argnums=(0, 1))(hidden, head))
 
 
@@ -89,7 +94,9 @@ def test_tokens_of_weight_zero_count_nothing_even_if_they_are_absurd():
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         sums, (d_hidden, d_head), _ = value_and_gradients(*put(mesh, absurd, head, targets, weights), 0.0, None, 5)
-        expected, (_, expected_d_head), _ = value_and_gradients(*put(mesh, hidden, head, targets, weights), 0.0, None, 5)
+        expected, (_, expected_d_head), _ = value_and_gradients(
+            *put(mesh, hidden, head, targets, weights), 0.0, None, 5
+        )
     np.testing.assert_allclose(sums, expected, rtol=1e-6)
     np.testing.assert_allclose(d_head, expected_d_head, rtol=1e-5, atol=1e-6)
     assert not np.any(np.asarray(d_hidden)[weights == 0])
@@ -121,9 +128,9 @@ def test_the_logits_of_all_tokens_never_exist_at_once():
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         placed = put(mesh, *arrays)
-        compile_with = lambda chunk: value_and_gradients.lower(*placed, 1e-2, 2.0, chunk).compile()
-        assert largest_array(compile_with(None)) >= num_logits  # they fit into one chunk
-        assert largest_array(compile_with(16)) <= num_logits // 16
+        whole, chunked = (value_and_gradients.lower(*placed, 1e-2, 2.0, chunk).compile() for chunk in (None, 16))
+        assert largest_array(whole) >= num_logits  # they fit into one chunk
+        assert largest_array(chunked) <= num_logits // 16
         statistics = jax.jit(functools.partial(token_statistics, soft_cap=None, chunk=16, rules=RULES))
         assert largest_array(statistics.lower(*placed[:3]).compile()) <= num_logits // 16
 

@@ -4,6 +4,7 @@ B row, U = T + 1 tokens of a row
 """
 
 import copy
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from llm_jax.training.state import compute_dtype, model_shape
 VOCAB_SIZE = 64
 LENGTH = 32
 RULES = sharding.Rules()
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time, which is most of the time of these tests
 
 LLAMA = config.Model(num_layers=2, width=32, num_heads=8, num_kv_heads=4, head_width=8, qk_norm=True)
 GPT2 = config.Model(
@@ -33,14 +35,28 @@ def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.
     return sharding.make_mesh(parallel, jax.devices()[: replica * fsdp * tensor])
 
 
-def make_model(
+def model_maker(
     model: config.Model, *, vocab_size: int = VOCAB_SIZE, length: int = LENGTH, unroll=False, remat="none", seed=0
-) -> Transformer:
+) -> Callable[[], Transformer]:
     """To be called, or evaluated as shapes, under a mesh."""
     shape = model_shape(model, vocab_size=vocab_size, sequence_length=length)
     dtype = compute_dtype(model, "cpu")
-    make = lambda: Transformer(shape, dtype=dtype, unroll=unroll, remat=remat, rules=RULES, key=jax.random.key(seed))
-    return jax.jit(make)()
+    return lambda: Transformer(shape, dtype=dtype, unroll=unroll, remat=remat, rules=RULES, key=jax.random.key(seed))
+
+
+def make_model(model: config.Model, **options) -> Transformer:
+    return jax.jit(model_maker(model, **options), compiler_options=FAST)()
+
+
+_made = {}
+
+
+def family(name: str) -> Transformer:
+    """FAMILIES[name], made once, on the one device of make_mesh()."""
+    if name not in _made:
+        with jax.set_mesh(make_mesh()):
+            _made[name] = make_model(FAMILIES[name])
+    return _made[name]
 
 
 def variant(model: Transformer, **changes) -> Transformer:
@@ -75,5 +91,8 @@ def packed_rows(num_rows: int, length: int = LENGTH, *, seed: int = 0) -> dict[s
 
 def put(arrays, mesh: jax.sharding.Mesh):
     """Arrays whose first dimension is the batch, on the mesh."""
-    put_one = lambda a: jax.device_put(a, jax.NamedSharding(mesh, RULES.spec("batch", *[None] * (a.ndim - 1))))
+
+    def put_one(array):
+        return jax.device_put(array, jax.NamedSharding(mesh, RULES.spec("batch", *[None] * (array.ndim - 1))))
+
     return jax.tree.map(put_one, arrays)

@@ -190,6 +190,7 @@ def open_documents(
         data_dir = os.path.join(cache_dir, "corpora")
         build_python_docs(data_dir, say)
     info = find_dataset(source.name, data_dir)
+    assert info.features is not None
     if source.text_key not in info.features:
         raise UserError(
             f"data.sources: {source.name!r} has no feature {source.text_key!r}; set text_key to one of "
@@ -259,6 +260,7 @@ def find_dataset(name: str, data_dir: str) -> tfds.core.DatasetInfo:
     array_record = tfds.core.file_adapters.FileFormat.ARRAY_RECORD
     if info.file_format != array_record and array_record in info.alternative_file_formats:
         info.set_file_format(array_record, override=True, override_if_initialized=True)
+    assert info.file_format is not None
     if info.file_format != array_record:
         raise UserError(
             f"data.sources: {name!r} in {builder.data_path} is in {info.file_format.value} format, which cannot be "

@@ -109,21 +109,28 @@ def train_tokenizer(texts: Iterator[str], *, kind: str, vocab_size: int) -> Toke
       vocab_size: ids in all, with 4 special ones, 256 bytes and the newline
 
     Raises:
-      UserError: the texts are too few for that many pieces, or have more characters than it has room for
+      UserError: the texts are too few for that many pieces, or have more characters than it has room for, or cannot
+        be read
     """
-    lines = (
-        line[i : i + LONGEST_LINE]
-        for text in texts
-        for line in text.split("\n")
-        for i in range(0, len(line), LONGEST_LINE)
-        if line.strip()
-    )
+    bad_text = []  # SentencePiece turns what the iterator raises into a RuntimeError
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                for line in filter(str.strip, text.split("\n")):
+                    yield from (line[i : i + LONGEST_LINE] for i in range(0, len(line), LONGEST_LINE))
+        except UserError as error:
+            bad_text.append(error)
+            raise
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type=kind, vocab_size=vocab_size, **SETTINGS
+            sentence_iterator=lines(), model_writer=model, model_type=kind, vocab_size=vocab_size, **SETTINGS
         )
     except RuntimeError as error:
+        if bad_text:
+            raise bad_text[0] from error
         if match := re.search(r"Vocabulary size too high.*<= (\d+)", str(error)):
             raise UserError(
                 f"tokenizer.vocab_size={vocab_size} is more than the corpus allows: at most {match[1]}; lower it "

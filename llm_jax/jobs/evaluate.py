@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from llm_jax.config import Config
 from llm_jax.data.stream import HeldOut
 from llm_jax.jobs.prepare import prepare
-from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start, write_atomically
+from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, global_rows, num_batch_shards
 from llm_jax.training.losses import token_losses
@@ -37,7 +37,7 @@ def run(
         evaluate = make_evaluate(mesh, batch_size or config.evaluate.batch_size, config.train.loss_chunk)
         result = {"step": step, **evaluate(model, held_out)}
     if hosts.is_first():
-        write_atomically(work.evaluation, json.dumps(result, indent=2) + "\n")
+        work.save_evaluation(result)
         print(json.dumps(result, indent=2) if as_json else table(result))
 
 
@@ -55,7 +55,8 @@ def make_evaluate(mesh: jax.sharding.Mesh, batch_size: int, chunk: int | None) -
 
     def evaluate(model, held_out: dict[str, HeldOut], subset: int | None = None) -> dict:
         sums = {name: sum_by_document(model, split, subset) for name, split in held_out.items()}
-        everything = {key: np.concatenate([source[key] for source in sums.values()]) for key in next(iter(sums.values()))}
+        known = set.intersection(*(set(source) for source in sums.values()))  # bytes: only of whole splits
+        everything = {key: np.concatenate([source[key] for source in sums.values()]) for key in known}
         return {"all": measures(everything), "sources": {name: measures(source) for name, source in sums.items()}}
 
     def sum_by_document(model, split: HeldOut, subset: int | None) -> dict[str, np.ndarray]:
@@ -103,7 +104,7 @@ def measures(sums: dict[str, np.ndarray]) -> dict[str, float | list[float]]:
     margin = 1.96 * math.sqrt(spread) / tokens
     result = {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(min(loss, 700.0)),  # what a float can hold
         "interval95": [loss - margin, loss + margin],
         "top1_accuracy": sums["top1"].sum() / tokens,
         "top5_accuracy": sums["top5"].sum() / tokens,

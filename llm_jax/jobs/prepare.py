@@ -147,6 +147,8 @@ def announce(
     if store_writer.is_complete(store_writer.store_folder(train, fingerprint, cache)):
         return
     sample = list(sample_texts([train], [1.0], SAMPLED_BYTES, SAMPLE_SEED, data.skip_bad_documents))
+    if not any(sample):
+        return  # nothing to measure; whether there is nothing to tokenize is found out soon
     begin = time.monotonic()
     tokenizer.encode(sample)
     bytes_per_second = sum(len(text.encode()) for text in sample) / max(time.monotonic() - begin, 1e-6)

@@ -22,12 +22,13 @@ from llm_jax.data.stream import HeldOut, TrainStream
 from llm_jax.jobs import evaluate as evaluation
 from llm_jax.jobs.generate import generate
 from llm_jax.jobs.prepare import Prepared, prepare, source_names, summary, table
-from llm_jax.jobs.workdir import Workdir, start, write_atomically
-from llm_jax.measure.flops import flops_per_token, parameter_count, peak_flops
+from llm_jax.jobs.workdir import Workdir, start
+from llm_jax.measure.flops import Peak, flops_per_token, parameter_count, peak_flops
 from llm_jax.measure.metrics import MetricsLog, read
 from llm_jax.measure.progress import Progress
 from llm_jax.measure.writers import TensorBoardWriter
 from llm_jax.model.decoding import Sampling
+from llm_jax.model.transformer import Shape
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, global_rows, make_mesh, replicated, require_divisible
 from llm_jax.safety.checkpoint import Checkpoints, named_leaves
@@ -58,12 +59,14 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
     )
     init = make_init(config.model, shape, optimizer, mesh=mesh, rules=rules, seed=config.train.seed)
     require_divisible_batch(config, mesh, rules)
+    device = jax.local_devices()[0]
+    peak = peak_flops(device, compute_dtype(config.model, device.platform))
 
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(work.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         state, first_step = restore_or_init(checkpoints, init, mesh, stream, config)
         if hosts.is_first():
-            prepared.tokenizer.save(work.tokenizer)
+            work.save_tokenizer(prepared.tokenizer)
             work.save_config(config)
         say(describe(state, config, mesh, first_step))
         step_function = jax.jit(
@@ -79,7 +82,7 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
         )
         held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
         evaluate = evaluation.make_evaluate(mesh, config.evaluate.batch_size, config.train.loss_chunk)
-        record = Record(work, config, shape, mesh, first_step)
+        record = Record(work, config, shape, peak, mesh.size, first_step)
 
         def save(step: int, state: TrainState) -> None:
             record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
@@ -94,25 +97,29 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
 
         if due(first_step) and not record.has_evaluation(first_step):
             record.evaluation(first_step, evaluate(state.parameters, held_out, config.evaluate.subset))
-        for step, batch in zip(
-            range(first_step + 1, config.train.steps + 1), batches(stream, first_step, mesh, rules), strict=False
-        ):
-            state, metrics = step_function(state, batch)
-            record.training(step, metrics)
-            checkpoints.check()
-            preempted = checkpoints.reached_preemption(step)
-            # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for it: the
-            # next start makes up for it.
-            if due(step) and not preempted:
-                record.flush()
-                record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
-            if preempted or step == config.train.steps or step % config.checkpoint.every == 0:
-                save(step, state)
-            if preempted:
-                checkpoints.close()
-                record.close()
-                say(f"preempted: saved step {step}; the same command goes on from there")
-                return PREEMPTED
+        try:
+            for step, batch in zip(
+                range(first_step + 1, config.train.steps + 1), batches(stream, first_step, mesh, rules), strict=False
+            ):
+                state, metrics = step_function(state, batch)
+                record.training(step, metrics)
+                checkpoints.check()
+                preempted = checkpoints.reached_preemption(step)
+                # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for it: the
+                # next start makes up for it.
+                if due(step) and not preempted:
+                    record.flush()
+                    record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
+                if preempted or step == config.train.steps or step % config.checkpoint.every == 0:
+                    save(step, state)
+                if preempted:
+                    checkpoints.close()
+                    record.close()
+                    say(f"preempted: saved step {step}; the same command goes on from there")
+                    return PREEMPTED
+        except FloatingPointError:
+            checkpoints.close()  # what is being saved is from before
+            raise
         checkpoints.close()
         record.close()
         finish(work, config, prepared, state, held_out, evaluate, mesh, as_json)
@@ -189,7 +196,7 @@ class Record:
     """What the run reports: metrics.jsonl, TensorBoard, the terminal. The metrics of a step are fetched when the next
     one is under way, so that reporting never keeps the devices waiting. Only the first process writes."""
 
-    def __init__(self, work: Workdir, config: Config, shape, mesh: jax.sharding.Mesh, first_step: int):
+    def __init__(self, work: Workdir, config: Config, shape: Shape, peak: Peak, num_devices: int, first_step: int):
         self.work = work
         self.config = config
         self.vocab_size = shape.vocab_size
@@ -211,9 +218,7 @@ class Record:
             sequence_length=config.train.sequence_length,
             causal=True,
         )
-        device = mesh.devices.flat[0]
-        peak = peak_flops(device, compute_dtype(config.model, device.platform))
-        self.peak_flops = peak.value * mesh.size
+        self.peak_flops = peak.value * num_devices
         self.say(f"MFU counts causal attention, against {self.peak_flops / 1e12:.3g} TFLOP/s of all devices; {peak.source}")
         self.tokens_per_step = config.train.batch_size * config.train.sequence_length
         self.pending = None
@@ -282,7 +287,8 @@ class Record:
             self.tensorboard.close()
 
     def _write(self, line: dict) -> None:
-        self.log.append(line)
+        if self.log is not None:
+            self.log.append(line)
         if self.tensorboard is not None:
             self.tensorboard.write(line, time.time())
 
@@ -317,7 +323,7 @@ def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: boo
     """Evaluates everything, shows a sample, and says where things lie."""
     result = {"step": config.train.steps, **evaluate(state.parameters, held_out)}
     if hosts.is_first():
-        write_atomically(work.evaluation, json.dumps(result, indent=2) + "\n")
+        work.save_evaluation(result)
     sample = None
     if config.log.sample_prompt is not None:
         sampling = Sampling(temperature=0.8, top_p=0.95)

@@ -79,7 +79,10 @@ class Workdir:
             raise UserError(f"{self.config} is damaged ({error}); mend it, or take another --workdir") from error
 
     def save_config(self, config: Config) -> None:
-        write_atomically(self.config, config_module.dumps(config))
+        write_atomically(self.config, config_module.dumps(config).encode())
+
+    def save_evaluation(self, result: dict) -> None:
+        write_atomically(self.evaluation, (json.dumps(result, indent=2) + "\n").encode())
 
     def with_own_tokenizer(self, config: Config) -> Config:
         """The config with the tokenizer that the run began with, if it has: not one trained anew on other text, should the
@@ -89,6 +92,9 @@ class Workdir:
         own = dataclasses.replace(config.tokenizer, model_file=str(self.tokenizer))
         return dataclasses.replace(config, tokenizer=own)
 
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        write_atomically(self.tokenizer, tokenizer.model)
+
     def load_tokenizer(self) -> Tokenizer:
         """The one the run was trained with."""
         if not self.tokenizer.exists():
@@ -96,11 +102,14 @@ class Workdir:
         return load_tokenizer(self.tokenizer)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """The file has the old text or the new one, whenever the process dies."""
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """The file has the old bytes or the new ones, whenever the process dies."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
+    try:
+        new.write_bytes(data)
+        os.replace(new, path)
+    except OSError as error:  # that of a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def start(config: Config, *, saves_on_sigterm: bool = False) -> None:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from llm_jax.parallel.sharding import Rules
 
-LOGITS_BYTES = 2**28  # of one chunk, where none is given: as fast as one piece where that fits, bounded where it does not
+# Of one chunk, where none is given: as fast as one piece where all logits fit, bounded where they do not.
+LOGITS_BYTES = 2**28
 
 
 def reference_cross_entropy(hidden_BTD, head_DV, targets_BT, weights_BT, *, z_loss=0.0, soft_cap=None):

@@ -51,11 +51,16 @@ class Attention(nnx.Module):
         self.x_spec = rules.spec("batch", None, None)
 
     def __call__(self, x_BTD, segments_BT, positions_BT, cache=None):
-        """(output, cache). `cache` is None or (k_BSKH, v_BSKH, segments_BS, offset): keys of positions up to offset + T."""
+        """(output, (k_BSKH, v_BSKH)).
+
+        `cache` is None or (k_BSKH, v_BSKH, segments_BS, offset): room for S keys, of which `offset` are written; the T
+        new ones are written behind them, and their segments stand in segments_BS already.
+        """
         q_BTNH = self._project(x_BTD, self.wq, self.bq)
         k_BTKH = self._project(x_BTD, self.wk, self.bk)
         v_BTKH = self._project(x_BTD, self.wv, self.bv)
-        if self.q_norm is not None:  # Henry et al. 2020, arXiv:2010.04245; per head as in Dehghani et al. 2023, 2302.05442
+        # Henry et al. 2020, arXiv:2010.04245; per head as in Dehghani et al. 2023, arXiv:2302.05442.
+        if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.rope_theta is not None:
             q_BTNH = rotate(q_BTNH, positions_BT, self.rope_theta)

@@ -14,7 +14,8 @@ from llm_jax.model.transformer import Cache, Transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """temperature 0 takes the likeliest token. top_k, then top_p (Holtzman et al. 2019, arXiv:1904.09751) narrow the choice."""
+    """temperature 0 takes the likeliest token; else top_k, then top_p (Holtzman et al. 2019, arXiv:1904.09751) narrow
+    the choice. top_p lies in (0, 1]."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -53,9 +54,7 @@ def start(model: Transformer, tokens_BP: jax.Array, lengths_B: jax.Array, *, max
     )
 
 
-def extend(
-    model: Transformer, decoding: Decoding, key: jax.Array, *, sampling: Sampling, num_tokens: int
-) -> Decoding:
+def extend(model: Transformer, decoding: Decoding, key: jax.Array, *, sampling: Sampling, num_tokens: int) -> Decoding:
     """Up to num_tokens more tokens for each row that has not ended, and no more than tokens_BM holds.
 
     A row's tokens depend on its number and the key, not on the other rows.
@@ -96,7 +95,10 @@ def _sample(logits_BV, key, sampling):
 
 
 def narrow(logits_BV: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.Array:
-    """Logits with -inf for all but the top_k likeliest, and for all but the smallest set that holds top_p of the rest."""
+    """Logits with -inf for all but the top_k likeliest, and all but the smallest set that holds top_p of what is left.
+
+    Tokens as likely as the last one kept are kept, too.
+    """
     if top_k is not None:
         kth_B1 = jnp.sort(logits_BV, axis=-1)[:, -min(top_k, logits_BV.shape[1])][:, None]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)

@@ -8,7 +8,7 @@ from llm_jax.model.parameter import constant
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) or, with `centred`, LayerNorm (Ba et al. 2016, arXiv:1607.06450)."""
+    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467); `centred`, LayerNorm (Ba et al. 2016, arXiv:1607.06450)."""
 
     def __init__(self, width: int, *, centred: bool, use_bias: bool, epsilon: float):
         self.scale = constant(1.0, (width,), jax.P(None))

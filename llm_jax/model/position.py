@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """RoPE (Su et al. 2021, arXiv:2104.09864): turns pair (i, i + H/2) by position * theta^(-2i/H); angles in float32."""
+    """RoPE (Su et al. 2021, arXiv:2104.09864): turns pair (i, i + H/2) by position * theta^(-2i/H), in float32."""
     half = x_BTNH.shape[-1] // 2
     frequency_H = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angle_BTNH = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H

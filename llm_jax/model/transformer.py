@@ -48,7 +48,8 @@ class Shape:
 def keep_all_but_gathered(primitive, *_, **__) -> bool:
     """Remat policy: everything is kept for the backward pass but gathered weights, which are gathered again.
 
-    Without it each block's gathered weights would live until its backward pass: the whole model on each device.
+    Without it each block's gathered weights would live until its backward pass: the whole model on each device. Scanned
+    on 8 simulated devices, 8 blocks of 12.6 MB: 47 MB of temporaries against 148 MB.
     """
     return primitive.name != "reshard"
 
@@ -108,7 +109,7 @@ class Block(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What decoding remembers: keys and values of each layer, and the segment of each position (0: nothing there yet)."""
+    """What decoding remembers: keys and values of each layer, and the segment of each position (0: nothing there)."""
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
@@ -118,7 +119,7 @@ class Cache:
 
 class Transformer(nnx.Module):
     def __init__(self, shape: Shape, *, dtype: jnp.dtype, unroll: bool, remat: str, rules: Rules, key: jax.Array):
-        """`dtype` is the computation's; parameters are float32. `unroll` and `remat` (a name in REMATS) change no result."""
+        """`dtype` is the computation's; parameters are float32. `unroll` and `remat` (in REMATS) change no result."""
         embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
         table, head = rules.spec("vocab", "embed"), rules.spec("embed", "vocab")
         self.embed = weight(embed_key, (shape.vocab_size, shape.width), table, width=shape.width)
@@ -127,7 +128,9 @@ class Transformer(nnx.Module):
         position = rules.spec(None, "embed")
         self.position_embed = weight(position_key, table_shape, position, width=shape.width) if learned else None
         make_block = functools.partial(Block, shape, dtype=dtype, rules=rules)
-        self.blocks = jax.vmap(lambda block_key: make_block(key=block_key))(jax.random.split(blocks_key, shape.num_layers))
+        self.blocks = jax.vmap(lambda block_key: make_block(key=block_key))(
+            jax.random.split(blocks_key, shape.num_layers)
+        )
         self.final_norm = Norm(
             shape.width, centred=shape.layer_norm, use_bias=shape.use_bias, epsilon=shape.norm_epsilon
         )
@@ -184,7 +187,7 @@ class Transformer(nnx.Module):
         return head_DV.astype(self.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V]. For a few positions; training uses kernels.cross_entropy, which needs no logits."""
+        """[..., D] -> float32 [..., V]. For a few positions; training uses kernels.cross_entropy instead."""
         head_DV = jax.reshard(self.head_DV(), self.rules.spec(None, "vocab"))
         logits = jnp.einsum("...D,DV->...V", hidden, head_DV, preferred_element_type=jnp.float32)
         cap = self.shape.logit_soft_cap

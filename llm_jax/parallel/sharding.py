@@ -31,7 +31,9 @@ class Rules:
         axes = [getattr(self, name) if name else () for name in names]
         used = [axis for dimension in axes for axis in dimension]
         if len(used) != len(set(used)):
-            raise ValueError(f"dimensions {names} map to mesh axes {axes}, but one mesh axis can shard only one dimension")
+            raise ValueError(
+                f"dimensions {names} map to mesh axes {axes}, but one mesh axis can shard only one dimension"
+            )
         return jax.P(*(dimension or None for dimension in axes))
 
 
@@ -47,8 +49,8 @@ def make_mesh(parallel: Parallel, devices: list[jax.Device] | None = None) -> ja
             if len(devices) % tensor == 0
         )
         raise UserError(
-            f"parallel.replica={parallel.replica} x fsdp={fsdp} x tensor={parallel.tensor} must be the number of devices, "
-            f"{len(devices)}; with replica=1 these work: {fits}"
+            f"parallel.replica={parallel.replica} x fsdp={fsdp} x tensor={parallel.tensor} must be the number of "
+            f"devices, {len(devices)}; with replica=1 these work: {fits}"
         )
     return jax.make_mesh((parallel.replica, fsdp, parallel.tensor), AXES, devices=devices)
 
@@ -81,7 +83,7 @@ def shards_parameters(mesh: jax.sharding.Mesh, rules: Rules) -> bool:
 def global_rows(
     read: Callable[[int, int], dict[str, np.ndarray]], num_rows: int, sharding: jax.NamedSharding
 ) -> dict[str, jax.Array]:
-    """Arrays of num_rows rows over all processes; each reads only the rows its own devices hold, by read(start, stop)."""
+    """Arrays of num_rows rows over all processes; each reads the rows its own devices hold, by read(start, stop)."""
     slices = sharding.addressable_devices_indices_map((num_rows,)).values()
     ranges = [rows.indices(num_rows)[:2] for (rows, *_) in slices]
     first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)

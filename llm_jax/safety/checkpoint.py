@@ -20,6 +20,7 @@ import os
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -48,6 +49,15 @@ STORAGE_PROBLEMS = (
 
 # Orbax also logs each failure, with pages of traceback; here every failure is raised or reported once, in one line.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+def _report_unraisable(unraisable, report=sys.unraisablehook) -> None:
+    # When one write fails, Orbax closes the event loop that the other writes under way report to, a page for each.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
+
+
+sys.unraisablehook = _report_unraisable
 
 
 def named_leaves(tree) -> dict[str, object]:
@@ -183,6 +193,29 @@ class Checkpoints:
             self._put_aside(found, damage)
             tried = found
 
+    def record(self, step: int) -> dict:
+        """What was saved beside the arrays of a step: the caller's meta, "digests" and "shapes" {item: {name: ...}}."""
+        if step not in self.steps():
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
+        meta, damage = _attempt(_read_meta, self.directory / str(step) / META)
+        if damage:
+            raise UserError(f"checkpoint {self.directory / str(step)} is damaged ({damage}); choose another step")
+        return meta
+
+    def verify(self, step: int) -> str | None:
+        """Reads all of a step; what is damaged, or None. Changes nothing."""
+        meta, damage = _attempt(_read_meta, self.directory / str(step) / META)
+        if damage:
+            return damage
+        return self._read(step, {item: _structs(shapes) for item, shapes in meta["shapes"].items()})[2]
+
+    def read(self, item: str, step: int) -> dict[str, jax.Array]:
+        """The arrays of one item by name, whatever model they are of."""
+        shapes = self.record(step)["shapes"]
+        found = self.restore({item: _structs(shapes[item])}, step=step)
+        assert found is not None
+        return found[1][item]
+
     def _before(self, step: int | None) -> int | None:
         """The newest complete step before the given one, as the first process sees it."""
         newest = max((s for s in self.steps() if step is None or s < step), default=-1)
@@ -232,6 +265,7 @@ class Checkpoints:
             )
 
     def _save_error(self, error: Exception) -> Exception:
+        assert self._manager is not None
         self._manager.reload()
         reason = _one_line(error)
         storage = any(problem in _chain(error) for problem in STORAGE_PROBLEMS)
@@ -317,6 +351,16 @@ def _require_same_shapes(directory: epath.Path, saved: dict[str, dict[str, str]]
 
 def _shape(array) -> str:
     return f"{np.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
+
+
+def _structs(shapes: dict[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The inverse of _shape, for all arrays of an item."""
+
+    def struct(shape: str) -> jax.ShapeDtypeStruct:
+        dtype, _, sizes = shape.rstrip("]").partition("[")
+        return jax.ShapeDtypeStruct(tuple(map(int, sizes.split(",") if sizes else ())), jnp.dtype(dtype))
+
+    return {name: struct(shape) for name, shape in shapes.items()}
 
 
 def _checksum(record: dict) -> str:

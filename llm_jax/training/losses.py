@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from llm_jax.kernels.cross_entropy import cross_entropy, token_statistics
 from llm_jax.model.transformer import Transformer
 
-Batch = dict[str, jax.Array]  # {"tokens", "segments", "positions"}: int32 [B, U], sharded over "batch"; segment 0 is padding
+# {"tokens", "segments", "positions"}: int32 [B, U], sharded over "batch"; segment 0 is padding.
+Batch = dict[str, jax.Array]
 
 
 def target_weights(segments_BU: jax.Array) -> jax.Array:

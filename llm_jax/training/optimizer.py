@@ -10,8 +10,8 @@ from llm_jax.training.schedule import make_schedule
 def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, Adafactor, Lion or SGD with decoupled weight decay on matrices only.
 
-    AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101. Adafactor: Shazeer & Stern 2018, arXiv:1804.04235 (no momentum, no
-    parameter scaling: the learning rate is the schedule's). Lion: Chen et al. 2023, arXiv:2302.06675.
+    AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101. Adafactor: Shazeer & Stern 2018, arXiv:1804.04235 (no momentum
+    and no parameter scaling: the learning rate is the schedule's). Lion: Chen et al. 2023, arXiv:2302.06675.
     """
     o, schedule = optimizer, make_schedule(optimizer, total_steps)
     if o.name == "adamw":

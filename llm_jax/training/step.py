@@ -52,7 +52,7 @@ def train_step(
     metrics = {
         "loss": counts["nll"] / num_tokens,
         "tokens": counts["tokens"],
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "learning_rate": schedule(state.step),
         "gradient_norms": layer_norms(gradient),
     }

@@ -1,0 +1,131 @@
+"""`llm-jax inspect ...`: looks into a run without changing it, and needs no accelerator.
+
+batch: which text fed a step; checkpoints: whether all are intact; params: what is in one; diff: how two runs differ
+"""
+
+import functools
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import Config, UserError, differences
+from llm_jax.jobs.prepare import prepare
+from llm_jax.jobs.train import make_stream
+from llm_jax.jobs.workdir import Workdir, start
+from llm_jax.measure import metrics
+from llm_jax.safety.checkpoint import Checkpoints
+
+SHOWN_CHARACTERS = 72  # of a text in a table
+
+
+def batch(config: Config, workdir: str, as_json: bool = False, step: int | None = None, text: bool = False) -> None:
+    """The documents of the batch that makes (or made) update `step`; with `text`, whole."""
+    if step is None or step < 1:
+        raise UserError("inspect batch needs --step=N, the number of an update; the first is 1")
+    work = Workdir(workdir)
+    prepared = prepare(work.with_own_tokenizer(config), say=functools.partial(print, file=sys.stderr))
+    stream = make_stream(config, prepared)
+    tokens_BU = stream.batch(step - 1).tokens_BU
+    rows = []
+    for row in range(stream.batch_size):
+        origin = stream.origin(step - 1, row)
+        pieces, first = [], 0
+        for key, offset, length in origin.pieces:
+            shown = prepared.tokenizer.decode(tokens_BU[row, first : first + length].tolist())
+            pieces.append({"document": key, "first_token": offset, "tokens": length, "text": shown})
+            first += length
+        rows.append({
+            "row": row, "source": origin.source, "window": origin.window, "epoch": origin.epoch, "pieces": pieces,
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps({"step": step, "rows": rows}, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"row {row['row']}: {row['source']}, window {row['window']}, epoch {row['epoch']}")
+        for piece in row["pieces"]:
+            shown = piece["text"] if text else " ".join(piece["text"].split())[:SHOWN_CHARACTERS]
+            last = piece["first_token"] + piece["tokens"]
+            print(f"  {piece['document']} tokens {piece['first_token']}..{last - 1}: {shown}")
+
+
+def checkpoints(config: Config, workdir: str, as_json: bool = False) -> int:
+    """Reads every checkpoint and compares its digests; exit code 70 if one is damaged. Changes nothing."""
+    start(config)
+    work = Workdir(workdir)
+    saved = Checkpoints(work.checkpoints)
+    damage = {step: saved.verify(step) for step in saved.steps()}
+    if as_json:
+        print(json.dumps({"intact": [s for s, d in damage.items() if not d], "damaged": {s: d for s, d in damage.items() if d}}))
+    elif not damage:
+        print(f"{work.checkpoints} holds no checkpoint")
+    else:
+        for step, what in damage.items():
+            print(f"step {step}: {'DAMAGED, ' + what if what else 'intact'}")
+    return 70 if any(damage.values()) else 0
+
+
+def params(config: Config, workdir: str, as_json: bool = False, step: int | None = None) -> None:
+    """The tree of a checkpoint: names, shapes, types, and the root mean square of each array."""
+    start(config)
+    work = Workdir(workdir)
+    saved = Checkpoints(work.checkpoints)
+    step = step if step is not None else saved.latest()
+    if step is None:
+        raise UserError(f"{work.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={work.path}` first")
+    arrays = saved.read("parameters", step)
+    root_mean_square = jax.jit(lambda array: jnp.sqrt(jnp.mean(jnp.square(array.astype(jnp.float32)))))
+    rows = {
+        name: {"shape": list(array.shape), "dtype": array.dtype.name, "rms": float(root_mean_square(array))}
+        for name, array in arrays.items()
+    }
+    if as_json:
+        print(json.dumps({"step": step, "parameters": rows}, indent=2))
+        return
+    width = max(map(len, rows))
+    for name, row in rows.items():
+        print(f"{name:{width}}  {row['dtype']} {'x'.join(map(str, row['shape'])):>18}  rms {row['rms']:.4g}")
+    print(f"step {step}: {sum(math.prod(row['shape']) for row in rows.values()):,} parameters")
+
+
+def diff(config: Config, workdir: str, other: str | None = None, as_json: bool = False) -> None:
+    """How two runs differ: config, losses of the steps both have, digests of the checkpoints both have."""
+    if other is None:
+        raise UserError("inspect diff needs --other=DIR, the run to compare with")
+    runs = Workdir(workdir), Workdir(other)
+    fields = {field: list(values) for field, values in differences(config, runs[1].saved_config()).items()}
+    curves = [{line["step"]: line["loss"] for line in metrics.read(run.metrics) if "kind" not in line} for run in runs]
+    common = sorted(curves[0].keys() & curves[1].keys())
+    unequal = [step for step in common if curves[0][step] != curves[1][step]]
+    largest = max((abs(curves[0][s] / curves[1][s] - 1) for s in unequal), default=0.0)
+    saved = [Checkpoints(run.checkpoints) for run in runs]
+    parameters = {}
+    for step in sorted(set(saved[0].steps()) & set(saved[1].steps())):
+        digests = [run.record(step)["digests"]["parameters"] for run in saved]
+        names = digests[0].keys() | digests[1].keys()
+        parameters[step] = sorted(name for name in names if digests[0].get(name) != digests[1].get(name))
+    result = {
+        "config": fields,
+        "losses": {
+            "common_steps": len(common),
+            "first_difference": unequal[0] if unequal else None,
+            "largest_relative_difference": largest,
+        },
+        "parameters_that_differ": parameters,
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print("config: " + ("the same" if not fields else ""))
+    for field, (mine, theirs) in fields.items():
+        print(f"  {field}: {mine!r} here, {theirs!r} there")
+    if not common:
+        print("losses: no step in common")
+    elif unequal:
+        print(f"losses: {len(common)} steps in common, first difference at step {unequal[0]}, largest {largest:.2e} relative")
+    else:
+        print(f"losses: bit-identical in all {len(common)} common steps")
+    for step, names in parameters.items():
+        print(f"parameters at step {step}: " + (f"{len(names)} arrays differ" if names else "bit-identical"))

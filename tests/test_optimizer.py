@@ -1,0 +1,165 @@
+"""Optimizers against numpy, and schedules against values computed by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import FAST, GPT2, LLAMA, make_mesh, model_maker
+
+from llm_jax import config
+from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.training.optimizer import is_matrix, make_optimizer
+from llm_jax.training.schedule import make_schedule
+
+PEAK = 0.5
+RATE = 0.1
+
+
+def schedule(total_steps, **settings):
+    optimizer = config.Optimizer(peak_learning_rate=PEAK, **settings)
+    return lambda step: float(make_schedule(optimizer, total_steps)(jnp.asarray(step)))
+
+
+@pytest.mark.parametrize("name", config.SCHEDULES)
+def test_warm_up_is_a_line_that_reaches_the_peak_at_its_last_update(name):
+    rate = schedule(20, schedule=name, warmup_steps=4, decay_steps=3 if name == "wsd" else None)
+    assert [rate(step) for step in range(4)] == pytest.approx([PEAK / 4, PEAK / 2, 3 * PEAK / 4, PEAK])
+
+
+# Update u of 1 .. 20 is made at step u - 1; 4 of warm-up, so 16 that decay.
+@pytest.mark.parametrize(
+    "name, settings, expected",
+    [
+        ("cosine", {}, {12: PEAK * (0.1 + 0.9 / 2), 8: PEAK * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2), 20: PEAK * 0.1}),
+        ("linear", {}, {5: PEAK * (1 - 0.9 / 16), 12: PEAK * 0.55, 20: PEAK * 0.1}),
+        ("wsd", {"decay_steps": 5}, {5: PEAK, 15: PEAK, 16: PEAK * (1 - 0.9 / 5), 19: PEAK * 0.28, 20: PEAK * 0.1}),
+        ("wsd", {}, {18: PEAK, 19: PEAK * 0.55, 20: PEAK * 0.1}),  # a tenth of 20 updates
+        ("rsqrt", {}, {5: PEAK * math.sqrt(4 / 5), 16: PEAK / 2, 20: PEAK * math.sqrt(4 / 20)}),
+        ("constant", {}, {5: PEAK, 20: PEAK}),
+    ],
+)
+def test_after_the_warm_up(name, settings, expected):
+    rate = schedule(20, schedule=name, warmup_steps=4, **settings)
+    assert {update: rate(update - 1) for update in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_schedules_without_warm_up_or_down_to_zero():
+    assert schedule(10, schedule="linear", warmup_steps=0, final_fraction=0.0)(4) == pytest.approx(PEAK / 2)
+    assert schedule(10, schedule="linear", warmup_steps=0, final_fraction=0.0)(9) == 0
+    assert schedule(10, schedule="wsd", warmup_steps=0, decay_steps=10)(9) == pytest.approx(PEAK / 10)
+    assert schedule(10, schedule="cosine", warmup_steps=1)(0) == PEAK
+
+
+def abstract(model):
+    with jax.set_mesh(make_mesh()):
+        return jax.eval_shape(model_maker(model))
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_matrices_are_told_from_scales_and_biases(model):
+    decayed = named_leaves(is_matrix(abstract(model)))
+    kinds = {path.split("/")[-1]: is_decayed for path, is_decayed in decayed.items()}
+    matrices = {"embed", "position_embed", "head", "wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"}
+    vectors = {"scale", "bias", "bq", "bk", "bv", "bo", "b_up", "b_down"}
+    assert kinds == {name: name in matrices for name in kinds} and set(kinds) <= matrices | vectors
+    assert len(kinds) == (10 if model is LLAMA else 16)
+
+
+def adamw(gradients, o):
+    mean = square = 0.0
+    for t, g in enumerate(gradients, start=1):
+        mean, square = o.beta1 * mean + (1 - o.beta1) * g, o.beta2 * square + (1 - o.beta2) * g**2
+        yield mean / (1 - o.beta1**t) / (np.sqrt(square / (1 - o.beta2**t)) + o.epsilon)
+
+
+def lion(gradients, o):
+    momentum = 0.0
+    for g in gradients:
+        yield np.sign(o.beta1 * momentum + (1 - o.beta1) * g)
+        momentum = o.beta2 * momentum + (1 - o.beta2) * g
+
+
+def sgd(gradients, o):
+    momentum = 0.0
+    for g in gradients:
+        momentum = g + o.beta1 * momentum
+        yield momentum
+
+
+@pytest.mark.parametrize("directions", [adamw, lion, sgd], ids=lambda f: f.__name__)
+def test_updates_equal_numpy(directions):
+    """Over several steps of the whole model: direction, rate, and decay of matrices only, scaled by the rate."""
+    settings = config.Optimizer(
+        name=directions.__name__, peak_learning_rate=RATE, schedule="constant", warmup_steps=2, clip_norm=None,
+        beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.3,
+    )  # fmt: skip
+    optimizer = make_optimizer(settings, total_steps=4)
+
+    @jax.jit
+    def update(gradient, state, parameters):
+        updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    parameters = random_like(abstract(GPT2), seed=0)
+    gradients = [random_like(parameters, seed=seed) for seed in (1, 2, 3, 4)]
+    expected = {path: np.asarray(leaf, np.float64) for path, leaf in named_leaves(parameters).items()}
+    assert len(expected) == 20
+    for path, value in expected.items():
+        decay = 0.0 if path.split("/")[-1][0] == "b" or path.endswith("scale") else 0.3
+        history = [np.asarray(named_leaves(gradient)[path], np.float64) for gradient in gradients]
+        for rate, direction in zip((RATE / 2, RATE, RATE, RATE), directions(history, settings), strict=True):
+            value = value - rate * (direction + decay * value)
+        expected[path] = value
+    state = optimizer.init(parameters)
+    for gradient in gradients:
+        parameters, state = update(gradient, state, parameters)
+    for path, leaf in named_leaves(parameters).items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_clipping_by_the_norm_of_the_whole_gradient():
+    settings = dict(name="sgd", peak_learning_rate=RATE, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    parameters = random_like(abstract(LLAMA), seed=0)
+    gradient = random_like(parameters, seed=1)
+    norm = math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)))
+    for clip_norm, factor in ((1.0, 1 / norm), (norm + 1, 1.0), (None, 1.0)):
+        optimizer = make_optimizer(config.Optimizer(**settings, clip_norm=clip_norm), 10)
+        update, _ = jax.jit(optimizer.update)(gradient, optimizer.init(parameters), parameters)
+        for leaf, g in zip(jax.tree.leaves(update), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(leaf, -RATE * factor * g, rtol=1e-4)
+
+
+def test_adafactor_keeps_rows_and_columns_and_descends():
+    target = random_like(abstract(LLAMA), seed=0)
+    optimizer = make_optimizer(
+        config.Optimizer(name="adafactor", peak_learning_rate=0.05, warmup_steps=1, weight_decay=0.0), 40
+    )
+
+    def step(parameters, state):
+        gradient = jax.tree.map(jnp.subtract, parameters, target)
+        updates, state = optimizer.update(gradient, state, parameters)
+        return optax.apply_updates(parameters, updates), state, optax.tree.norm(gradient)
+
+    step = jax.jit(step, compiler_options=FAST)
+    parameters = jax.tree.map(jnp.zeros_like, target)
+    state, distances = optimizer.init(parameters), []
+    for _ in range(40):
+        parameters, state, distance = step(parameters, state)
+        distances.append(float(distance))
+    assert np.isfinite(distances).all() and (np.diff(distances) < 0).all() and distances[-1] < 0.5 * distances[0]
+    # w_up [L=2, D=32, F=96]: second moments of rows and of columns, one each per layer, and nothing of the full size
+    factored = state[1][0]
+    rows, columns, full = (
+        named_leaves(moments)["blocks/feed_forward/w_up"].shape
+        for moments in (factored.v_row, factored.v_col, factored.v)
+    )
+    assert (rows, columns, full) == ((2, 32), (2, 96), (1,))
