@@ -110,8 +110,8 @@ VERBS = {
     ),
     "inspect batch": Verb(
         summary="show the text that makes, or made, an update",
-        explanation="Documents, their keys and the tokens of each row; a batch is a function of the step, so any can be "
-        "shown at any time.",
+        explanation="Documents, their keys and the tokens of each row. A batch is a function of the step, so any "
+        "can be shown at any time.",
         example="llm-jax inspect batch --workdir=runs/quickstart --step=100",
         flags=(
             Flag("step", "integer", "number of the update; the first is 1", {"lower_bound": 1}),
@@ -135,7 +135,7 @@ VERBS = {
     "inspect diff": Verb(
         summary="compare two runs: config, losses, parameters",
         explanation="Losses and parameters are compared to the last bit, where both runs have the step.",
-        example="llm-jax inspect diff --workdir=runs/a --other=runs/b",
+        example="llm-jax inspect diff --workdir=runs/quickstart --other=runs/other",
         flags=(Flag("other", "string", "the workdir of the other run"),),
         reads_config_file=False,
     ),
@@ -276,6 +276,11 @@ def read_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str
     return prompts
 
 
+def find_job(name: str) -> typing.Callable[..., int | None]:
+    module, _, function = name.partition(" ")
+    return getattr(importlib.import_module(f"llm_jax.jobs.{module}"), function or "run")
+
+
 def run(name: str, argv: list[str]) -> int:
     """Runs the job; its exit code. Raises UserError for whatever the user can mend."""
     given = []
@@ -286,9 +291,7 @@ def run(name: str, argv: list[str]) -> int:
         if name == "generate":
             complete_generate(arguments)
         validate(arguments["config"])
-        module, _, function = name.partition(" ")
-        job = getattr(importlib.import_module(f"llm_jax.jobs.{module}"), function or "run")
-        return job(**arguments) or 0
+        return find_job(name)(**arguments) or 0
     except OSError as error:
         advice = OS_ERROR_ADVICE.get(error.errno or 0)
         path = os.path.abspath(error.filename) if isinstance(error.filename, str) else ""

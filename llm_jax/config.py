@@ -70,7 +70,9 @@ class Source:
 class Data:
     sources: tuple[Source, ...] = (Source(name="python_docs"),)
     data_dir: str | None = None  # where tfds datasets lie; None: TFDS_DATA_DIR, else ~/tensorflow_datasets
-    cache_dir: str | None = None  # tokenizers and token stores, shared by runs; None: LLM_JAX_CACHE, else ~/.cache/llm_jax
+    cache_dir: str | None = (
+        None  # tokenizers and token stores, shared by runs; None: LLM_JAX_CACHE, else ~/.cache/llm_jax
+    )
     num_workers: int | None = None  # processes that tokenize; None: one per core
     skip_bad_documents: bool = False  # count and skip a document that is not UTF-8, instead of stopping
 
@@ -110,7 +112,9 @@ class Train:
     microbatches: int = 1  # the batch is computed in that many parts, weighted by tokens
     seed: int = 0  # of the parameters and of the data order
     z_loss: float = 0.0  # weight of log(Z)^2, PaLM section 5; 0: off
-    loss_chunk: int | None = None  # tokens per device whose logits exist at once; None: as many as 256 MiB of logits allow
+    loss_chunk: int | None = (
+        None  # tokens per device whose logits exist at once; None: as many as 256 MiB of logits allow
+    )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -193,8 +197,9 @@ def validate(config: Config) -> None:
         parallel__fsdp=config.parallel.fsdp, parallel__tensor=config.parallel.tensor,
         parallel__num_cpu_devices=config.parallel.num_cpu_devices, train__steps=t.steps,
         train__batch_size=t.batch_size, train__sequence_length=t.sequence_length, train__microbatches=t.microbatches,
-        train__loss_chunk=t.loss_chunk, checkpoint__every=config.checkpoint.every, checkpoint__keep=config.checkpoint.keep,
-        checkpoint__keep_every=config.checkpoint.keep_every, evaluate__every=config.evaluate.every,
+        train__loss_chunk=t.loss_chunk, checkpoint__every=config.checkpoint.every,
+        checkpoint__keep=config.checkpoint.keep, checkpoint__keep_every=config.checkpoint.keep_every,
+        evaluate__every=config.evaluate.every,
         evaluate__batch_size=config.evaluate.batch_size, evaluate__subset=config.evaluate.subset,
         log__every=config.log.every, log__sample_tokens=config.log.sample_tokens,
         tokenizer__train_bytes=config.tokenizer.train_bytes,
@@ -204,8 +209,9 @@ def validate(config: Config) -> None:
     at_least(smallest_vocabulary, tokenizer__vocab_size=config.tokenizer.vocab_size)
 
     for field, value in {
-        "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta, "model.logit_soft_cap": m.logit_soft_cap,
-        "optimizer.peak_learning_rate": o.peak_learning_rate, "optimizer.epsilon": o.epsilon,
+        "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta,
+        "model.logit_soft_cap": m.logit_soft_cap, "optimizer.peak_learning_rate": o.peak_learning_rate,
+        "optimizer.epsilon": o.epsilon,
         "optimizer.clip_norm": o.clip_norm,
     }.items():  # fmt: skip
         require(value is None or 0 < value < float("inf"), f"{field}={value} must be a positive number")
@@ -223,9 +229,10 @@ def validate(config: Config) -> None:
             m.num_heads % kv_heads == 0,
             f"model.num_heads={m.num_heads} must divide by model.num_kv_heads={kv_heads}",
         )
+        head_width = m.head_width or m.width // m.num_heads
         require(
-            m.position != "rope" or (m.head_width or m.width // m.num_heads) % 2 == 0,
-            f"model.position='rope' turns pairs, so the head width {m.head_width or m.width // m.num_heads} must be even; "
+            m.position != "rope" or head_width % 2 == 0,
+            f"model.position='rope' turns pairs, so the head width {head_width} must be even; "
             "change model.head_width or model.num_heads",
         )
         require(
@@ -258,7 +265,10 @@ def validate(config: Config) -> None:
     sources = config.data.sources
     require(len(sources) > 0, "data.sources is empty; give at least one, such as Source(name='c4/en')")
     for i, source in enumerate(sources):
-        require(source.weight > 0, f"data.sources[{i}].weight={source.weight} must be positive; leave the source out instead")
+        require(
+            source.weight > 0,
+            f"data.sources[{i}].weight={source.weight} must be positive; leave the source out instead",
+        )
         require(
             source.split != source.held_out,
             f"data.sources[{i}].held_out={source.held_out!r} is the training split; try split='train[:98%]', "
@@ -279,8 +289,9 @@ def from_dict(values: dict, cls: type = Config):
     hints = typing.get_type_hints(cls)
     if set(values) != set(hints):
         raise UserError(
-            f"{cls.__name__} has the fields {sorted(hints)}, but the saved config is missing {sorted(set(hints) - set(values))} "
-            f"and has unknown {sorted(set(values) - set(hints))}; use the version of llm_jax that wrote it"
+            f"{cls.__name__} has the fields {sorted(hints)}, but the saved config is missing "
+            f"{sorted(set(hints) - set(values))} and has unknown {sorted(set(values) - set(hints))}; use the version "
+            "of llm_jax that wrote it"
         )
 
     def build(hint, value):

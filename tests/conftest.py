@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 
 
 class Tiny:
-    """The command `llm-jax` with tests/tiny.py, on two small datasets, `tiny` and `other`, and with a cache of its own."""
+    """The command `llm-jax` with tests/tiny.py, on the small datasets `tiny` and `other`, and with its own cache."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder

@@ -2,8 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import make_mesh
 
 from llm_jax.kernels.attention import reference_attention
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(make_mesh()):
+        yield
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, key_segments_BS, offset):

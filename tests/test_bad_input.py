@@ -162,7 +162,9 @@ def test_tokenizers(refused, copy, tmp_path):
     train_tokenizer(iter(TOPICS), kind="bpe", vocab_size=400).save(copy / "tokenizer.model")
     for verb, flags in (("evaluate", []), ("generate", ["--prompt=a"])):
         (message,) = refused(verb, copy, *flags)
-        assert message.startswith(f"{copy / 'tokenizer.model'} is not the tokenizer of the checkpoint of step 24 (sha256 ")
+        assert message.startswith(
+            f"{copy / 'tokenizer.model'} is not the tokenizer of the checkpoint of step 24 (sha256 "
+        )
     (message,) = refused("train", copy, "--config.train.steps=25")
     assert message.startswith("the checkpoint of step 24 was trained on other data (") and "tokenizer" in message
 

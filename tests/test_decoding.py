@@ -61,7 +61,7 @@ def test_cached_decoding_equals_the_full_forward_pass(name):
         rows = np.zeros((len(LENGTHS), max(LENGTHS) + num_tokens), np.int32)
         for b, length in enumerate(LENGTHS):
             rows[b, : length + num_tokens] = [*tokens_BP[b, max(LENGTHS) - length :], *np.asarray(state.tokens_BM)[b]]
-        full = np.asarray(all_logits(model, rows, LENGTHS + num_tokens))
+        full = np.asarray(all_logits(model, *put((rows, LENGTHS + num_tokens), mesh)))
     for b, length in enumerate(LENGTHS):
         for m, logits_BV in enumerate(stepwise):
             expected = full[b, length - 1 + m]
@@ -88,6 +88,17 @@ def test_a_row_has_the_same_tokens_whatever_the_other_rows():
     assert (result != expected).any()
     alone = generate(model, mesh, tokens_BP[:1, max(LENGTHS) - LENGTHS[0] :], LENGTHS[:1], sampling)  # without padding
     np.testing.assert_array_equal(alone[0], expected[0])
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_one_row_of_any_number_of_groups(num_kv_heads):
+    """Dimensions of size 1 must not lose their sharding."""
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        model = make_model(dataclasses.replace(LLAMA, num_heads=4, num_kv_heads=num_kv_heads))
+        tokens_BP, lengths_B = put((prompts()[2:3], LENGTHS[2:3]), mesh)
+        expected = np.asarray(all_logits(model, tokens_BP, lengths_B))[:, -1]
+        np.testing.assert_allclose(start(model, tokens_BP, lengths_B, max_tokens=1).logits_BV, expected, atol=1e-5)
 
 
 def test_the_seed_decides_and_rows_differ():

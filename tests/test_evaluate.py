@@ -1,4 +1,4 @@
-"""`llm-jax evaluate`: the numbers are those of a plain computation, and of no batch size, mesh or start in particular."""
+"""`llm-jax evaluate`: the numbers are those of a plain computation, whatever the batch size, the mesh and the start."""
 
 import json
 import math
@@ -44,7 +44,9 @@ def tokenizer(trained):
     return load_tokenizer(trained / "tokenizer.model")
 
 
-def evaluate_on(parallel: Parallel, num_devices: int, batch_size: int, config, trained, tokenizer, held_out, subset=None):
+def evaluate_on(
+    parallel: Parallel, num_devices: int, batch_size: int, config, trained, tokenizer, held_out, subset=None
+):
     mesh = make_mesh(parallel, jax.devices()[:num_devices])
     with jax.set_mesh(mesh):
         _, model = restore_parameters(Workdir(trained), config, tokenizer, mesh, step=None)

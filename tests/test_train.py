@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from tiny_corpus import TOPICS, write_corpus
 
-from llm_jax.jobs.train import all_finite, check_first_step
+from llm_jax.safety.guards import all_finite, check_first_step
 
 NO_SAMPLE = "--config.log.sample_prompt=none"  # saves the time to compile it
 EXACT = ("step", "loss", "tokens", "grad_norm", "learning_rate")
@@ -187,7 +187,12 @@ def checkpointed_arrays(workdir) -> dict[int, list[np.ndarray]]:
 
 def test_nan_stops_the_run_and_reaches_no_checkpoint(tiny, tmp_path):
     """By a learning rate beyond reason."""
-    flags = ("optimizer.peak_learning_rate=1e15", "optimizer.clip_norm=none", "checkpoint.every=1", "evaluate.every=none")
+    flags = (
+        "optimizer.peak_learning_rate=1e15",
+        "optimizer.clip_norm=none",
+        "checkpoint.every=1",
+        "evaluate.every=none",
+    )
     done = tiny.run("train", tmp_path, *(f"--config.{flag}" for flag in flags))
     assert done.returncode == 70, done.stderr
     assert "FloatingPointError: " in done.stderr

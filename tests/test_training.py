@@ -106,7 +106,7 @@ def test_it_learns(llama_losses):
 def log_probabilities(model, batch) -> np.ndarray:
     """[B, T, V], in float64, from the logits."""
     logits = jax.jit(lambda model, *inputs: model.logits(model(*inputs)), compiler_options=FAST)
-    inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
+    inputs = put([batch[name][:, :-1] for name in ("tokens", "segments", "positions")], make_mesh())
     logits_BTV = np.asarray(logits(model, *inputs), np.float64)
     return logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
 

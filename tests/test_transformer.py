@@ -39,8 +39,13 @@ from llm_jax.training.state import model_shape
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def logits(model, *rows) -> np.ndarray:
+    """float32 [B, T, V] from tokens_BT, segments_BT, positions_BT, on one device."""
+    return np.asarray(_logits(model, *put(rows, make_mesh())))
+
+
 @functools.partial(jax.jit, compiler_options=FAST)
-def logits(model, tokens_BT, segments_BT, positions_BT):
+def _logits(model, tokens_BT, segments_BT, positions_BT):
     return model.logits(model(tokens_BT, segments_BT, positions_BT))
 
 
@@ -62,11 +67,11 @@ def test_no_leak_from_the_future_or_another_document(name):
     rows = {"tokens": tokens[None], "segments": segments[None], "positions": positions[None]}
     with jax.set_mesh(make_mesh()):
         model = family(name)
-        before = np.asarray(logits(model, rows["tokens"], rows["segments"], rows["positions"]))[0]
+        before = logits(model, rows["tokens"], rows["segments"], rows["positions"])[0]
         for j in range(LENGTH):
             changed = rows["tokens"].copy()
             changed[0, j] = (tokens[j] + 1) % VOCAB_SIZE
-            after = np.asarray(logits(model, changed, rows["segments"], rows["positions"]))[0]
+            after = logits(model, changed, rows["segments"], rows["positions"])[0]
             unaffected = (np.arange(LENGTH) < j) | (segments != segments[j])
             np.testing.assert_array_equal(after[unaffected], before[unaffected])
             assert (after != before)[~unaffected].any(axis=1).all(), f"token {j} changes nothing in its document"
@@ -75,7 +80,7 @@ def test_no_leak_from_the_future_or_another_document(name):
         alone = {name: np.zeros_like(values) for name, values in rows.items()}
         for kind in rows:
             alone[kind][0, : len(second)] = rows[kind][0, second]
-        moved = np.asarray(logits(model, alone["tokens"], alone["segments"], alone["positions"]))[0, : len(second)]
+        moved = logits(model, alone["tokens"], alone["segments"], alone["positions"])[0, : len(second)]
         np.testing.assert_allclose(moved, before[second], rtol=1e-4, atol=1e-5)
 
 
@@ -86,7 +91,7 @@ def test_positions_matter(name):
     positions = np.arange(LENGTH, dtype=np.int32)[None]
     with jax.set_mesh(make_mesh()):
         model = family(name)
-        result = np.asarray(logits(model, tokens, np.ones_like(tokens), positions))[0]
+        result = logits(model, tokens, np.ones_like(tokens), positions)[0]
     assert np.abs(result[3::2] - result[1:-2:2]).max(axis=1).min() > 1e-3
 
 
@@ -246,7 +251,7 @@ def first_loss(model: config.Model, vocab_size: int) -> float:
     positions_BT = np.tile(np.arange(LENGTH, dtype=np.int32), (8, 1))
     with jax.set_mesh(make_mesh()):
         made = make_model(model, vocab_size=vocab_size)
-        logits_BTV = np.asarray(logits(made, tokens_BU[:, :-1], np.ones_like(positions_BT), positions_BT), np.float64)
+        logits_BTV = logits(made, tokens_BU[:, :-1], np.ones_like(positions_BT), positions_BT).astype(np.float64)
     log_z = np.log(np.exp(logits_BTV).sum(-1))
     return float(np.mean(log_z - np.take_along_axis(logits_BTV, tokens_BU[:, 1:, None].astype(int), -1)[..., 0]))
 

@@ -120,7 +120,18 @@ def measures(sums: dict[str, np.ndarray]) -> dict[str, float | list[float]]:
 
 def table(result: dict) -> str:
     """For the terminal; one row per source and one for all."""
-    header = ("held-out", "loss", "95 % interval", "perplexity", "bits/byte", "word ppl", "top-1", "top-5", "tokens", "documents")
+    header = (
+        "held-out",
+        "loss",
+        "95 % interval",
+        "perplexity",
+        "bits/byte",
+        "word ppl",
+        "top-1",
+        "top-5",
+        "tokens",
+        "documents",
+    )
     rows = [header]
     sources = result["sources"] if len(result["sources"]) > 1 else {}
     for name, m in {**sources, "all": result["all"]}.items():
@@ -135,6 +146,9 @@ def table(result: dict) -> str:
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )

@@ -51,7 +51,11 @@ def run(
     if not hosts.is_first():
         return
     if as_json:
-        print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)], indent=2, ensure_ascii=False
+            )
+        )
         return
     if show is not None:
         show.finish(texts[0])
@@ -76,8 +80,8 @@ def generate(
     longest = max(len(row) for row in rows)
     if model.shape.position == "learned" and longest + max_tokens > model.shape.max_length:
         raise UserError(
-            f"--max_tokens={max_tokens} and a prompt of {longest} tokens exceed the {model.shape.max_length} learned positions "
-            f"of the model; try --max_tokens={max(1, model.shape.max_length - longest)} or a shorter prompt"
+            f"--max_tokens={max_tokens} and a prompt of {longest} tokens exceed the {model.shape.max_length} learned "
+            f"positions of the model; try --max_tokens={max(1, model.shape.max_length - longest)} or a shorter prompt"
         )
     shards = num_batch_shards(mesh, model.rules)
     rows += [np.array([BOS], np.int32)] * (-len(rows) % shards)

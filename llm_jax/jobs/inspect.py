@@ -58,7 +58,11 @@ def checkpoints(config: Config, workdir: str, as_json: bool = False) -> int:
     saved = Checkpoints(work.checkpoints)
     damage = {step: saved.verify(step) for step in saved.steps()}
     if as_json:
-        print(json.dumps({"intact": [s for s, d in damage.items() if not d], "damaged": {s: d for s, d in damage.items() if d}}))
+        print(
+            json.dumps(
+                {"intact": [s for s, d in damage.items() if not d], "damaged": {s: d for s, d in damage.items() if d}}
+            )
+        )
     elif not damage:
         print(f"{work.checkpoints} holds no checkpoint")
     else:
@@ -124,7 +128,9 @@ def diff(config: Config, workdir: str, other: str | None = None, as_json: bool =
     if not common:
         print("losses: no step in common")
     elif unequal:
-        print(f"losses: {len(common)} steps in common, first difference at step {unequal[0]}, largest {largest:.2e} relative")
+        print(
+            f"losses of {len(common)} common steps: {unequal[0]} is the first to differ, up to {largest:.1e} relative"
+        )
     else:
         print(f"losses: bit-identical in all {len(common)} common steps")
     for step, names in parameters.items():

@@ -7,31 +7,26 @@ import collections
 import concurrent.futures
 import functools
 import json
-import math
 import sys
-import time
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llm_jax.config import Config, UserError
 from llm_jax.data.stream import HeldOut, TrainStream
 from llm_jax.jobs import evaluate as evaluation
 from llm_jax.jobs.generate import generate
 from llm_jax.jobs.prepare import Prepared, prepare, source_names, summary, table
+from llm_jax.jobs.record import Record, untrained_perplexity
 from llm_jax.jobs.workdir import Workdir, start
-from llm_jax.measure.flops import Peak, flops_per_token, parameter_count, peak_flops
-from llm_jax.measure.metrics import MetricsLog, read
-from llm_jax.measure.progress import Progress
-from llm_jax.measure.writers import TensorBoardWriter
+from llm_jax.measure.flops import parameter_count, peak_flops
 from llm_jax.model.decoding import Sampling
-from llm_jax.model.transformer import Shape
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, global_rows, make_mesh, replicated, require_divisible
-from llm_jax.safety.checkpoint import Checkpoints, named_leaves
+from llm_jax.safety.checkpoint import Checkpoints
+from llm_jax.safety.guards import all_finite
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
 from llm_jax.training.state import TrainState, abstract_state, compute_dtype, make_init, model_shape
@@ -63,7 +58,9 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
     peak = peak_flops(device, compute_dtype(config.model, device.platform))
 
     with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(work.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        checkpoints = Checkpoints(
+            work.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
+        )
         state, first_step = restore_or_init(checkpoints, init, mesh, stream, config)
         if hosts.is_first():
             work.save_tokenizer(prepared.tokenizer)
@@ -88,7 +85,9 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
             record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
             items = {"parameters": state.parameters, "optimizer": state.optimizer}
             if not all_finite(items):
-                raise FloatingPointError(f"step {step} made a parameter NaN or infinite; the newest checkpoint is from before")
+                raise FloatingPointError(
+                    f"step {step} made a parameter NaN or infinite; the checkpoints are from before"
+                )
             checkpoints.save(step, items, {"data": stream.fingerprint})
 
         def due(step: int) -> bool:
@@ -105,8 +104,8 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
                 record.training(step, metrics)
                 checkpoints.check()
                 preempted = checkpoints.reached_preemption(step)
-                # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for it: the
-                # next start makes up for it.
+                # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for
+                # it, and the next start makes up for it.
                 if due(step) and not preempted:
                     record.flush()
                     record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
@@ -166,12 +165,16 @@ def restore_or_init(
             "another --workdir, or go on with the new data by --config.checkpoint.allow_other_data"
         )
     if step > config.train.steps:
-        raise UserError(f"train.steps={config.train.steps} is less than the {step} steps in the checkpoint; try {step} or more")
+        raise UserError(
+            f"train.steps={config.train.steps} is less than the {step} steps in the checkpoint; try {step} or more"
+        )
     steps_done = jax.device_put(jnp.asarray(step, jnp.int32), replicated(mesh))
     return TrainState(steps_done, items["parameters"], items["optimizer"]), step
 
 
-def batches(stream: TrainStream, first_step: int, mesh: jax.sharding.Mesh, rules: Rules) -> Iterator[dict[str, jax.Array]]:
+def batches(
+    stream: TrainStream, first_step: int, mesh: jax.sharding.Mesh, rules: Rules
+) -> Iterator[dict[str, jax.Array]]:
     """The batches from the one after first_step updates on, read ahead by a thread."""
     sharding = jax.NamedSharding(mesh, rules.spec("batch", None))
 
@@ -192,130 +195,15 @@ def batches(stream: TrainStream, first_step: int, mesh: jax.sharding.Mesh, rules
             yield batch
 
 
-class Record:
-    """What the run reports: metrics.jsonl, TensorBoard, the terminal. The metrics of a step are fetched when the next
-    one is under way, so that reporting never keeps the devices waiting. Only the first process writes."""
-
-    def __init__(self, work: Workdir, config: Config, shape: Shape, peak: Peak, num_devices: int, first_step: int):
-        self.work = work
-        self.config = config
-        self.vocab_size = shape.vocab_size
-        self.log = self.tensorboard = None
-        if hosts.is_first():
-            self.log = MetricsLog(work.metrics)
-            self.log.rewind(first_step)
-            self.tensorboard = TensorBoardWriter(work.path, start_step=first_step) if config.log.tensorboard else None
-        self.progress = Progress(config.train.steps, first_step)
-        self.flops_per_token = flops_per_token(
-            num_layers=shape.num_layers,
-            width=shape.width,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_width=shape.head_width,
-            feed_forward_width=shape.feed_forward_width,
-            gated=shape.gated,
-            vocab_size=shape.vocab_size,
-            sequence_length=config.train.sequence_length,
-            causal=True,
-        )
-        self.peak_flops = peak.value * num_devices
-        self.say(f"MFU counts causal attention, against {self.peak_flops / 1e12:.3g} TFLOP/s of all devices; {peak.source}")
-        self.tokens_per_step = config.train.batch_size * config.train.sequence_length
-        self.pending = None
-        self.last = time.monotonic()
-
-    def say(self, text: str) -> None:
-        if hosts.is_first():
-            self.progress.say(text)
-
-    def training(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step that may still be running, and writes those of the step before."""
-        self.flush()
-        self.pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Writes the step taken last, waiting for it."""
-        if self.pending is None:
-            return
-        step, metrics = self.pending
-        self.pending = None
-        loss = float(metrics["loss"])
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        if step == 1:
-            check_first_step(loss, metrics["gradient_norms"], self.vocab_size)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}; the newest checkpoint is from before")
-        rate = self.tokens_per_step / seconds
-        line = {
-            "step": step,
-            "loss": loss,
-            "tokens": int(metrics["tokens"]),
-            "seconds": seconds,
-            "grad_norm": float(metrics["grad_norm"]),
-            "learning_rate": float(metrics["learning_rate"]),
-            "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops,
-        }
-        if not hosts.is_first():
-            return
-        self.progress.update(line)
-        if step % self.config.log.every == 0 or step in (1, self.config.train.steps):
-            self._write(line)
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether an earlier start has evaluated at this step; the same answer in every process."""
-        lines = read(self.work.metrics) if hosts.is_first() else []
-        found = any(line.get("kind") == "evaluate" and line["step"] == step for line in lines)
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
-
-    def evaluation(self, step: int, result: dict) -> None:
-        """Takes the result of an evaluation of the fixed subset."""
-        if hosts.is_first():
-            measures = result["all"]
-            what = "untrained" if step == 0 else f"step {step}"
-            self.say(f"held-out subset, {what}: loss {measures['loss']:.4f}, perplexity {measures['perplexity']:,.2f}")
-            self._write({"kind": "evaluate", "step": step, **measures, "sources": result["sources"]})
-        self.last = time.monotonic()
-
-    def close(self) -> None:
-        self.flush()
-        self.progress.close()
-        if self.log is not None:
-            self.log.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-
-    def _write(self, line: dict) -> None:
-        if self.log is not None:
-            self.log.append(line)
-        if self.tensorboard is not None:
-            self.tensorboard.write(line, time.time())
-
-
-@jax.jit
-def all_finite(tree) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def check_first_step(loss: float, gradient_norms, vocab_size: int) -> None:
-    """What must hold of an untrained model, or something is miswired: every parameter of every layer gets a gradient, and
-    the loss is that of a guess. Costs nothing: the norms are made for every step anyway."""
-    if abs(loss - math.log(vocab_size)) > 1.0:
-        raise RuntimeError(f"the first loss is {loss:.3f}, but that of a guess is ln {vocab_size} = {math.log(vocab_size):.3f}")
-    still = [name for name, norms in named_leaves(gradient_norms).items() if not np.all(np.asarray(norms) > 0)]
-    if still:
-        raise RuntimeError(f"these parameters got no gradient in the first step: {', '.join(still)}")
-
-
 def describe(state: TrainState, config: Config, mesh: jax.sharding.Mesh, first_step: int) -> str:
     device = mesh.devices.flat[0]
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     where = f"{mesh.size} x {device.device_kind}" + (f" as {sizes}" if sizes else "")
     how = f"goes on from step {first_step}" if first_step else "starts"
+    dtype = compute_dtype(config.model, device.platform)
     return (
-        f"model: {parameter_count(state.parameters):,} parameters, computed in {compute_dtype(config.model, device.platform)} "
-        f"on {where}; the run {how}, {config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} tokens"
+        f"model: {parameter_count(state.parameters):,} parameters, computed in {dtype} on {where}; the run {how}, "
+        f"{config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} tokens"
     )
 
 
@@ -337,21 +225,18 @@ def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: boo
     if not hosts.is_first():
         return
     if as_json:
-        print(json.dumps({"workdir": str(work.path), "evaluate": result, "sample": sample}, indent=2, ensure_ascii=False))
+        print(
+            json.dumps({"workdir": str(work.path), "evaluate": result, "sample": sample}, indent=2, ensure_ascii=False)
+        )
         return
     print(f"\nAll held-out text, step {config.train.steps}:\n{evaluation.table(result)}")
     if untrained := untrained_perplexity(work):
         before, after = untrained
-        print(f"Perplexity of the held-out subset: {before:,.1f} untrained, {after:,.2f} trained ({before / after:.0f} times lower)")
+        times = f"{before / after:.0f} times lower"
+        print(f"Perplexity of the held-out subset: {before:,.1f} untrained, {after:,.2f} trained ({times})")
     if sample is not None:
         print(f"\nSample:\n{sample}\n")
     print(
         f"{work.path}: metrics.jsonl (the record), checkpoints/, evaluate.json, tokenizer.model, tensorboard/\n"
         f"Try: llm-jax generate --workdir={work.path} --prompt='The'"
     )
-
-
-def untrained_perplexity(work: Workdir) -> tuple[float, float] | None:
-    """(untrained, trained) perplexity of the fixed subset, from the record."""
-    values = [line["perplexity"] for line in read(work.metrics) if line.get("kind") == "evaluate"]
-    return (values[0], values[-1]) if len(values) > 1 else None

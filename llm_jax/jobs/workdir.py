@@ -85,7 +85,7 @@ class Workdir:
         write_atomically(self.evaluation, (json.dumps(result, indent=2) + "\n").encode())
 
     def with_own_tokenizer(self, config: Config) -> Config:
-        """The config with the tokenizer that the run began with, if it has: not one trained anew on other text, should the
+        """The config with the tokenizer of the run, if it has begun: not one trained anew on other text, should the
         sources have changed since."""
         if not (self.has_begun() and self.tokenizer.exists()):
             return config
@@ -136,11 +136,14 @@ def restore_parameters(
     target = abstract_state(init, mesh).parameters
     restored = Checkpoints(workdir.checkpoints).restore({"parameters": target}, step=step)
     if restored is None:
-        raise UserError(f"{workdir.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={workdir.path}` first")
+        raise UserError(
+            f"{workdir.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={workdir.path}` first"
+        )
     step, items, meta = restored
     if meta["data"]["tokenizer"] != tokenizer.sha256:
         raise UserError(
-            f"{workdir.tokenizer} is not the tokenizer of the checkpoint of step {step} (sha256 {tokenizer.sha256[:12]}, "
-            f"not {meta['data']['tokenizer'][:12]}); restore it, or run `llm-jax train --workdir={workdir.path}` again"
+            f"{workdir.tokenizer} is not the tokenizer of the checkpoint of step {step} (sha256 "
+            f"{tokenizer.sha256[:12]}, not {meta['data']['tokenizer'][:12]}); restore it, or run "
+            f"`llm-jax train --workdir={workdir.path}` again"
         )
     return step, items["parameters"]

@@ -27,10 +27,7 @@ def make_schedule(optimizer: config.Optimizer, total_steps: int) -> optax.Schedu
         decay = optimizer.decay_steps or max(1, total_steps // 10)
         after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
     elif optimizer.schedule == "rsqrt":
-
-        def after(updates):
-            return peak * (warmup / (warmup + updates)) ** 0.5
-
+        after = lambda updates: peak * (warmup / (warmup + updates)) ** 0.5  # noqa: E731
     else:
         after = optax.constant_schedule(peak)
     by_update = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after

@@ -1,0 +1,26 @@
+"""Checks that cost nothing and stop a run that has gone wrong, before it costs anything."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.safety.checkpoint import named_leaves
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def check_first_step(loss: float, gradient_norms, vocab_size: int) -> None:
+    """What must hold of an untrained model, or something is miswired: every parameter of every layer gets a gradient,
+    and the loss is that of a guess. Costs nothing: the norms are made for every step anyway."""
+    if abs(loss - math.log(vocab_size)) > 1.0:
+        raise RuntimeError(
+            f"the first loss is {loss:.3f}, but that of a guess is ln {vocab_size} = {math.log(vocab_size):.3f}"
+        )
+    still = [name for name, norms in named_leaves(gradient_norms).items() if not np.all(np.asarray(norms) > 0)]
+    if still:
+        raise RuntimeError(f"these parameters got no gradient in the first step: {', '.join(still)}")
