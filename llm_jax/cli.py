@@ -108,6 +108,18 @@ VERBS = {
         ),
         reads_config_file=False,
     ),
+    "verify-resume": Verb(
+        summary="prove that a killed run goes on bit for bit, on this machine",
+        explanation="Trains a few steps undisturbed, and again with kills and restarts, compares batches, losses and "
+        "checkpoints, and writes WORKDIR/certificate.json. Exit code 70 if they differ.",
+        example="llm-jax verify-resume --config=configs/quickstart.py --workdir=runs/certificate",
+        flags=(
+            Flag("steps", "integer", "how far the runs are compared", {"lower_bound": 3}, 20),
+            Flag("kills", "integer", "by SIGKILL, at random steps", {"lower_bound": 1}, 2),
+            Flag("seed", "integer", "of those steps", {"lower_bound": 0}, 0),
+            Flag("other_devices", "integer", "go on once on so many simulated CPU devices, too", {"lower_bound": 1}),
+        ),
+    ),
     "inspect batch": Verb(
         summary="show the text that makes, or made, an update",
         explanation="Documents, their keys and the tokens of each row. A batch is a function of the step, so any "
@@ -278,7 +290,7 @@ def read_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str
 
 def find_job(name: str) -> typing.Callable[..., int | None]:
     module, _, function = name.partition(" ")
-    return getattr(importlib.import_module(f"llm_jax.jobs.{module}"), function or "run")
+    return getattr(importlib.import_module(f"llm_jax.jobs.{module.replace('-', '_')}"), function or "run")
 
 
 def run(name: str, argv: list[str]) -> int:

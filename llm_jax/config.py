@@ -41,7 +41,9 @@ class Model:
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None  # logits -> cap * tanh(logits / cap)
     dtype: str = "auto"  # of the computation; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32
-    layers: str = "auto"  # scan: one compiled block | unroll: compiled one by one; auto: unroll on CPU (faster there)
+    layers: str = (
+        "auto"  # scan: one compiled block | unroll: compiled one by one; auto: unroll on one CPU device (faster there)
+    )
     remat: str = "none"  # what the backward pass recomputes: none | dots (all but matmuls) | full
 
 
@@ -87,9 +89,9 @@ class Optimizer:
     warmup_steps: int = 100
     decay_steps: int | None = None  # wsd only: length of the final linear decay; None: a tenth of train.steps
     final_fraction: float = 0.1  # of the peak, at the last step (cosine, linear, wsd)
-    beta1: float = 0.9  # momentum of sgd, too
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # of adamw and lion; momentum of sgd
+    beta2: float = 0.95  # of adamw and lion
+    epsilon: float = 1e-8  # of adamw
     weight_decay: float = 0.1  # decoupled, on matrices only
     clip_norm: float | None = 1.0  # global norm of the gradient; None: off
 

@@ -44,7 +44,7 @@ class Tiny:
         }
 
     def command(self, verb: str, workdir: pathlib.Path, *flags: str) -> list[str]:
-        config = [f"--config={CONFIG}"] if verb in ("prepare", "train") else []
+        config = [f"--config={CONFIG}"] if verb in ("prepare", "train", "verify-resume") else []
         return [sys.executable, "-m", "llm_jax", verb, *config, f"--workdir={workdir}", *flags]
 
     def run(self, verb: str, workdir: pathlib.Path, *flags: str, **options) -> subprocess.CompletedProcess:

@@ -37,7 +37,7 @@ def jobs(monkeypatch):
     modules = collections.defaultdict(types.SimpleNamespace)
     for verb in cli.VERBS:
         module, _, function = verb.partition(" ")
-        setattr(modules[module], function or "run", fake(verb))
+        setattr(modules[module.replace("-", "_")], function or "run", fake(verb))
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, f"llm_jax.jobs.{name}", module)
     return table

@@ -81,6 +81,7 @@ class Record:
             "seconds": seconds,
             "grad_norm": float(metrics["grad_norm"]),
             "learning_rate": float(metrics["learning_rate"]),
+            "batch": f"{int(metrics['batch']):08x}",
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
         }

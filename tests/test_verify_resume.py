@@ -1,0 +1,71 @@
+"""The certificate is given where a run resumes exactly, and not where anything differs."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from llm_jax.jobs.verify_resume import compare, describe
+from llm_jax.jobs.workdir import Workdir
+
+
+def test_a_certificate(tiny, tmp_path):
+    folder = tmp_path / "certificate"
+    done = tiny.run("verify-resume", folder, "--steps=6", "--kills=1")
+    assert done.returncode == 0, done.stderr
+    assert "same mesh: bit-identical" in done.stdout and "HOLDS" in done.stdout
+    certificate = json.loads((folder / "certificate.json").read_text())
+    assert certificate["holds"] and certificate["same_mesh"]["largest_relative_difference"] == 0
+    signature = certificate.pop("sha256")
+    assert signature == hashlib.sha256(json.dumps(certificate, sort_keys=True).encode()).hexdigest()
+    again = tiny.run("verify-resume", folder, "--steps=6", "--kills=1")
+    assert again.returncode == 78 and "is not empty" in again.stderr
+
+
+@pytest.fixture
+def pair(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return Workdir(trained), Workdir(tmp_path / "run")
+
+
+def edit(work, step, **fields):
+    lines = [json.loads(line) for line in work.metrics.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == step and "kind" not in line:
+            line.update(fields)
+    work.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_equal_runs(pair):
+    result = compare(*pair, 24, tolerance=0.0)
+    assert result["holds"] and describe(result) == "bit-identical"
+
+
+def test_the_last_bit_of_a_loss(pair):
+    lines = [json.loads(line) for line in pair[1].metrics.read_text().splitlines()]
+    loss = next(line["loss"] for line in lines if line["step"] == 9 and "kind" not in line)
+    edit(pair[1], 9, loss=loss * (1 + 1e-7))
+    result = compare(*pair, 24, tolerance=0.0)
+    assert not result["holds"] and result["first_other_loss"] == 9
+    assert compare(*pair, 8, tolerance=0.0)["holds"]
+    assert compare(*pair, 24, tolerance=1e-4)["holds"]
+    edit(pair[1], 9, loss=loss * 1.01)
+    assert compare(*pair, 24, tolerance=1e-4)["first_other_loss"] == 9
+
+
+def test_another_batch(pair):
+    edit(pair[1], 4, batch="00000000")
+    result = compare(*pair, 24, tolerance=1e-4)
+    assert not result["holds"] and result["first_other_batch"] == 4 and "first other batch 4" in describe(result)
+
+
+def test_a_missing_step(pair):
+    assert compare(*pair, 25, tolerance=0.0)["missing_steps"] == [25]
+
+
+def test_another_checkpoint(pair, tmp_path):
+    shutil.rmtree(pair[1].checkpoints / "20")
+    shutil.copytree(pair[1].checkpoints / "16", pair[1].checkpoints / "20")
+    result = compare(*pair, 24, tolerance=0.0)
+    assert not result["holds"] and result["first_other_checkpoint"] == 20
