@@ -223,14 +223,15 @@ def _write_in_processes(
                     report(message)
     finally:
         for process in workers.values():
-            process.terminate()
+            process.kill()
         for process in workers.values():
             process.join()
 
 
 def _work(pipe: multiprocessing.connection.Connection, write: Callable) -> None:
     """A worker: writes the shards it is sent until it is sent None. It never imports JAX."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and notices to the whole group are the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while (shard := pipe.recv()) is not None:
             try:

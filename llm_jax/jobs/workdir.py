@@ -123,7 +123,7 @@ def mesh_for_reading(parallel: Parallel) -> jax.sharding.Mesh:
     try:
         return make_mesh(parallel)
     except UserError:
-        return make_mesh(dataclasses.replace(parallel, replica=1, fsdp=None, tensor=1))
+        return make_mesh(dataclasses.replace(parallel, replica=len(jax.devices()), fsdp=1, tensor=1))
 
 
 def restore_parameters(
