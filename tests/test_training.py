@@ -19,7 +19,7 @@ from llm_jax.training.losses import target_weights, token_losses
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
 from llm_jax.training.state import make_init, model_shape
-from llm_jax.training.step import train_step
+from llm_jax.training.step import batch_digest, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "losses.json"
 STEPS = 20
@@ -172,8 +172,21 @@ def test_a_step_is_deterministic_and_padding_counts_nothing():
         first, again, padded = (step(init(), put(rows, mesh)) for rows in (batch, batch, other))
     for leaf, same in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(leaf, same)
+    assert first[1].pop("batch") != padded[1].pop("batch")  # of all tokens
     for leaf, same in zip(jax.tree.leaves(first), jax.tree.leaves(padded), strict=True):
         np.testing.assert_array_equal(leaf, same)
+
+
+def test_the_digest_of_a_batch_sees_every_token_on_any_mesh():
+    tokens, digests = BATCHES[0]["tokens"], set()
+    for mesh in (make_mesh(), make_mesh(fsdp=8), make_mesh(fsdp=4, tensor=2)):
+        with jax.set_mesh(mesh):
+            digests.add(int(jax.jit(batch_digest)(put({"tokens": tokens}, mesh)["tokens"])))
+    changed = [tokens[::-1]] + [tokens.copy() for _ in range(40)]
+    for other, place in zip(changed[1:], np.linspace(0, tokens.size - 1, 40).astype(int), strict=True):
+        other.flat[place] ^= 1
+    assert len(digests) == 1
+    assert len(digests | {int(batch_digest(jnp.asarray(other))) for other in changed}) == 42
 
 
 def test_a_batch_of_nothing_but_padding_is_finite_and_only_decays():
@@ -194,6 +207,7 @@ def test_state_is_float32_when_the_computation_is_bfloat16():
     with jax.set_mesh(mesh):
         init, step = build(mesh, dataclasses.replace(LLAMA, dtype="bfloat16"), num_microbatches=2)
         state, metrics = jax.eval_shape(step, jax.eval_shape(init), put(BATCHES[0], mesh))
+    assert metrics.pop("batch").dtype == jnp.uint32
     assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, metrics))} == {jnp.dtype("float32")}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.optimizer)} == {"float32", "int32"}
 
