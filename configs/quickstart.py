@@ -14,8 +14,8 @@ def get_config() -> Config:
         model=Model(num_layers=4, width=256, num_heads=4, num_kv_heads=2, tie_embeddings=True),
         # 4096 pieces: the embedding stays small beside the blocks, and 3 MB of text train it in seconds.
         tokenizer=Tokenizer(vocab_size=4096, train_bytes=3_000_000),
-        optimizer=Optimizer(peak_learning_rate=2e-3, schedule="wsd", warmup_steps=20, decay_steps=60),
-        train=Train(steps=200, batch_size=8, sequence_length=256),
+        optimizer=Optimizer(peak_learning_rate=2e-3, schedule="wsd", warmup_steps=20, decay_steps=50),
+        train=Train(steps=150, batch_size=8, sequence_length=256),
         checkpoint=Checkpoint(every=50),
-        evaluate=Evaluate(every=100, subset=32),
+        evaluate=Evaluate(every=50, subset=32),
     )

@@ -101,7 +101,7 @@ def generate(
     key = jax.random.key(seed)
     while True:
         state = extend(model, state, key)
-        count, done = int(state.count), bool(np.all(_fetch(state.done_B)))
+        count, done = int(state.count), bool(np.all(_fetch(state.done_B)[: len(prompts)]))
         if show is not None:
             show(tokenizer.decode(_until_eos(_fetch(state.tokens_BM)[0, :count])))
         if done or count >= max_tokens:
