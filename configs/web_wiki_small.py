@@ -5,8 +5,8 @@ by the environment variable TFDS_DATA_DIR.
 
 Command:  llm-jax train --config=configs/web_wiki_small.py --workdir=runs/web_wiki_small --config.data.data_dir=DIR
 Hardware: 2 CPU cores, 4 GiB
-Time:     not run yet
-Result:   not run yet
+Time:     32 minutes, the cores being busy with other work, too
+Result:   perplexity 239.0 on C4 (2.205 bits per byte), 221.8 on Wikipedia (2.234), on the small samples named in README
 """
 
 from llm_jax.config import Checkpoint, Config, Data, Evaluate, Model, Optimizer, Source, Tokenizer, Train
