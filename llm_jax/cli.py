@@ -117,7 +117,12 @@ VERBS = {
             Flag("steps", "integer", "how far the runs are compared", {"lower_bound": 3}, 20),
             Flag("kills", "integer", "by SIGKILL, at random steps", {"lower_bound": 1}, 2),
             Flag("seed", "integer", "of those steps", {"lower_bound": 0}, 0),
-            Flag("other_devices", "integer", "go on once on so many simulated CPU devices, too", {"lower_bound": 1}),
+            Flag(
+                "other_devices",
+                "integer",
+                "for runs on CPU: go on on so many simulated ones, too",
+                {"lower_bound": 1},
+            ),
         ),
     ),
     "inspect batch": Verb(

@@ -16,7 +16,11 @@ def test_a_certificate(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "same mesh: bit-identical" in done.stdout and "HOLDS" in done.stdout
     certificate = json.loads((folder / "certificate.json").read_text())
-    assert certificate["holds"] and certificate["same_mesh"]["largest_relative_difference"] == 0
+    result = certificate["same_mesh"]
+    assert certificate["holds"] and result["largest_relative_difference"] == 0
+    (step,) = result["resumed_from"]  # not from the beginning, which would prove nothing
+    assert 2 <= step < 6 and f"goes on from step {step}," in (folder / "killed" / "output.txt").read_text()
+    assert {2, 4, 6} <= set(result["checkpoints_compared"])
     signature = certificate.pop("sha256")
     assert signature == hashlib.sha256(json.dumps(certificate, sort_keys=True).encode()).hexdigest()
     again = tiny.run("verify-resume", folder, "--steps=6", "--kills=1")

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from llm_jax.config import UserError
-from llm_jax.data.store import Spans, TokenStore
+from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizer import PAD
 
 LONGEST_PERIOD = 1 << 16  # rows; weights are exact, or else off by less than 1 / LONGEST_PERIOD
@@ -108,7 +108,7 @@ class TrainStream:
             mine = np.flatnonzero(source_R == source)
             if len(mine):
                 window_R = self._windows(source, place_R[mine])
-                part = cut(self.stores[name], window_R, self.sequence_length)[0]
+                part = cut(self.stores[name], window_R, self.sequence_length)
                 batch.tokens_BU[mine] = part.tokens_BU
                 batch.segments_BU[mine] = part.segments_BU
                 batch.positions_BU[mine] = part.positions_BU
@@ -161,13 +161,15 @@ class HeldOut:
 
     def rows(self, windows_B: np.ndarray) -> Batch:
         """These windows; one from num_rows on is all padding."""
-        return cut(self.store, windows_B, self.sequence_length)[0]
+        return cut(self.store, windows_B, self.sequence_length)
 
     def documents_BT(self, windows_B: np.ndarray) -> np.ndarray:
         """int64: the document number of each target of these windows; -1: none to count (padding or a bos)."""
-        batch, spans = cut(self.store, windows_B, self.sequence_length)
-        counted_BT = (batch.segments_BU[:, 1:] > 0) & (batch.segments_BU[:, 1:] == batch.segments_BU[:, :-1])
-        return np.where(counted_BT, spans.documents_RU[:, 1:], -1)
+        # From the index alone: no token is read.
+        places_BU = windows_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
+        documents_BU = np.searchsorted(self.store.ends, places_BU, side="right")
+        inputs_BT, targets_BT = documents_BU[:, :-1], documents_BU[:, 1:]
+        return np.where((targets_BT == inputs_BT) & (targets_BT < self.store.num_documents), targets_BT, -1)
 
 
 def num_windows(store: TokenStore, sequence_length: int) -> int:
@@ -175,20 +177,19 @@ def num_windows(store: TokenStore, sequence_length: int) -> int:
     return -(-(store.num_tokens - 1) // sequence_length)
 
 
-def cut(store: TokenStore, window_R: np.ndarray, sequence_length: int) -> tuple[Batch, Spans]:
-    """The windows of a store, as a batch and with the documents they come from."""
+def cut(store: TokenStore, window_R: np.ndarray, sequence_length: int) -> Batch:
+    """The windows of a store."""
     first_R = window_R * sequence_length
     spans = store.spans(first_R, sequence_length + 1, pad=PAD)
     offset_U = np.arange(sequence_length + 1)
     is_text_RU = spans.documents_RU < store.num_documents
     segments_RU = spans.documents_RU - spans.documents_RU[:, :1] + 1
     positions_RU = offset_U - np.maximum(spans.starts_RU - first_R[:, None], 0)
-    batch = Batch(
+    return Batch(
         tokens_BU=spans.tokens_RU,
         segments_BU=np.where(is_text_RU, segments_RU, 0).astype(np.int32),
         positions_BU=np.where(is_text_RU, positions_RU, 0).astype(np.int32),
     )
-    return batch, spans
 
 
 def derived_seed(seed: int, name: str) -> int:

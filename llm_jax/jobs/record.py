@@ -18,8 +18,8 @@ from llm_jax.safety.guards import check_first_step
 
 
 class Record:
-    """metrics.jsonl, TensorBoard, the terminal. The metrics of a step are fetched when the next
-    one is under way, so that reporting never keeps the devices waiting. Only the first process writes."""
+    """metrics.jsonl, TensorBoard, the terminal. The metrics of a step are fetched when the next one is under way, so
+    that reporting never keeps the devices waiting. Only the first process writes."""
 
     def __init__(self, work: Workdir, config: Config, shape: Shape, peak: Peak, num_devices: int, first_step: int):
         self.work = work

@@ -18,7 +18,7 @@ from llm_jax.config import Config, UserError
 from llm_jax.data.stream import HeldOut, TrainStream
 from llm_jax.jobs import evaluate as evaluation
 from llm_jax.jobs.generate import generate
-from llm_jax.jobs.prepare import Prepared, prepare, source_names, summary, table
+from llm_jax.jobs.prepare import Prepared, prepare, summary, table
 from llm_jax.jobs.record import Record, untrained_perplexity
 from llm_jax.jobs.workdir import Workdir, start
 from llm_jax.measure.flops import parameter_count, peak_flops
@@ -126,10 +126,9 @@ def run(config: Config, workdir: str, as_json: bool = False) -> int:
 
 
 def make_stream(config: Config, prepared: Prepared) -> TrainStream:
-    weights = {name: source.weight for name, source in source_names(config.data).items()}
     return TrainStream(
         prepared.train,
-        weights,
+        prepared.weights,
         sequence_length=config.train.sequence_length,
         batch_size=config.train.batch_size,
         seed=config.train.seed,

@@ -1,8 +1,9 @@
 """`llm-jax verify-resume`: proves on this machine that a killed run goes on as if nothing had happened.
 
 It trains the given config for some steps undisturbed; again, killed on the way and started again; and a third time,
-started again on another mesh. It compares what the runs recorded and writes a certificate. Run it on the machines of a
-long run before the long run.
+started again on another mesh. It compares what the runs recorded and writes a certificate. No run is killed before it
+has a checkpoint to go on from: one that began anew would prove nothing. Run it on the machines of a long run before the
+long run.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ def run(
 ) -> int:
     """The verb: writes WORKDIR/certificate.json; exit code 0 if the promise holds, 70 if not.
 
-    steps: how far the runs are compared; kills: by SIGKILL, at steps drawn by `seed`; other_devices: simulated CPU
-    devices of the third run (None: the same mesh rules out a third run on real accelerators, so it is left out there).
+    steps: how far the runs are compared; kills: by SIGKILL, at steps drawn by `seed`; other_devices: simulated devices
+    of the third run, for runs on CPU (None: no third run).
     """
     if kills >= steps:
         raise UserError(f"--kills={kills} must be less than --steps={steps}; try --steps={2 * kills + 2}")
@@ -59,16 +60,17 @@ def run(
     )
     moments = sorted(random.Random(seed).sample(range(every, steps), kills))
     say(f"training {steps} steps undisturbed")
-    undisturbed = _train(config, folder / "undisturbed", [steps])
+    undisturbed, _ = _train(config, folder / "undisturbed", [steps])
     say(f"training {steps} steps, killed by SIGKILL at {', '.join(map(str, moments))}")
-    killed = _train(config, folder / "killed", [*moments, steps])
-    results = {"same_mesh": compare(undisturbed, killed, steps, tolerance=0.0)}
+    killed, resumed = _train(config, folder / "killed", [*moments, steps])
+    results = {"same_mesh": {"resumed_from": resumed, **compare(undisturbed, killed, steps, tolerance=0.0)}}
     if other_devices is not None:
         say(f"training {steps} steps, killed at {moments[0]} and continued on {other_devices} simulated devices")
         other = dataclasses.replace(config, parallel=Parallel(num_cpu_devices=other_devices))
         _train(config, folder / "other_mesh", [moments[0]])
-        moved = _train(other, folder / "other_mesh", [steps])
-        results["other_mesh"] = compare(undisturbed, moved, steps, tolerance=OTHER_MESH_TOLERANCE)
+        moved, resumed = _train(other, folder / "other_mesh", [steps])
+        compared = compare(undisturbed, moved, steps, tolerance=OTHER_MESH_TOLERANCE)
+        results["other_mesh"] = {"resumed_from": resumed, **compared}
 
     certificate = {
         "llm_jax": llm_jax.__version__,
@@ -103,7 +105,7 @@ def compare(reference: Workdir, other: Workdir, steps: int, *, tolerance: float)
     errors = {s: abs(curves[1][s]["loss"] / curves[0][s]["loss"] - 1) for s in range(1, steps + 1) if s not in missing}
     if tolerance:
         unequal = [step for step, error in errors.items() if not error <= tolerance]
-        states = []
+        common, states = [], []
     else:
         unequal = [s for s in errors if any(curves[0][s][key] != curves[1][s][key] for key in COMPARED)]
         saved = [Checkpoints(run.checkpoints) for run in (reference, other)]
@@ -115,6 +117,7 @@ def compare(reference: Workdir, other: Workdir, steps: int, *, tolerance: float)
         "first_other_batch": batches[0] if batches else None,
         "first_other_loss": unequal[0] if unequal else None,
         "first_other_checkpoint": states[0] if states else None,
+        "checkpoints_compared": common,
         "largest_relative_difference": max(errors.values(), default=0.0),
         "tolerance": tolerance,
     }
@@ -128,31 +131,43 @@ def describe(result: dict) -> str:
     return "differs: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items())
 
 
-def _train(config: Config, folder: pathlib.Path, ends: list[int]) -> Workdir:
-    """Starts `llm-jax train` once for each of `ends`, and kills it as soon as its record has reached that step."""
+def _train(config: Config, folder: pathlib.Path, ends: list[int]) -> tuple[Workdir, list[int]]:
+    """Starts `llm-jax train` once for each of `ends`, and kills it when it has recorded that step and has a checkpoint.
+
+    Returns the run and the steps that its starts went on from.
+    """
     work = Workdir(folder)
     folder.mkdir(exist_ok=True)
     work.save_config(config)
+    saved = Checkpoints(work.checkpoints)
     command = [sys.executable, "-m", "llm_jax", "train", f"--workdir={folder}"]
+    resumed = []
     for end in ends:
+        first = saved.latest()
+        if first is not None:
+            resumed.append(first)
+            record = metrics.MetricsLog(work.metrics)  # only as far as the checkpoint: what comes is of this start
+            record.rewind(first)
+            record.close()
+        target = max(end, (first or 0) + 1)
+        last_save = target // config.checkpoint.every * config.checkpoint.every
+
+        def reached(step: int = target, save: int = last_save) -> bool:
+            lines = metrics.read(work.metrics) if work.metrics.exists() else []
+            return (saved.latest() or 0) >= save and any("kind" not in line and line["step"] >= step for line in lines)
+
         with open(folder / "output.txt", "ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
             try:
-                while not _reached(work, end):
+                while not reached():
                     try:
                         code = process.wait(SECONDS_BETWEEN_LOOKS)
                     except subprocess.TimeoutExpired:
                         continue
-                    if not _reached(work, end):
+                    if not reached():
                         tail = (folder / "output.txt").read_text(errors="replace").splitlines()[-1:]
                         raise UserError(f"the training ended with exit code {code} before step {end}: {' '.join(tail)}")
             finally:
                 process.kill()
                 process.wait()
-    return work
-
-
-def _reached(work: Workdir, step: int) -> bool:
-    if not work.metrics.exists():
-        return False
-    return any("kind" not in line and line["step"] >= step for line in metrics.read(work.metrics))
+    return work, resumed
