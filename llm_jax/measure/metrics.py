@@ -36,9 +36,11 @@ class MetricsLog:
         """Writes one line; it is in the file when this returns. Values: numbers (also of numpy or JAX, without
         dimensions), strings, None, and lists and dictionaries of them."""
         data = (json.dumps(_encode(line), allow_nan=False) + "\n").encode()
-        written = self._file.write(data)
-        if written != len(data):
-            raise OSError(f"wrote {written} of {len(data)} bytes to {self.path}: is the disk full?")
+        try:
+            while data:  # a disk that becomes full takes a part of it, and says so when asked to take the rest
+                data = data[self._file.write(data) :]
+        except OSError as error:  # does not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def rewind(self, step: int) -> None:
         """Drops the lines of later steps, when a run goes on from the checkpoint of `step`: all of them or none."""
