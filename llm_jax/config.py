@@ -15,6 +15,7 @@ NORMS = ("rmsnorm", "layernorm")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 POSITIONS = ("rope", "learned", "sinusoidal")
 REMATS = ("none", "dots", "full")
+SPIKES = ("stop", "skip", "rewind")
 SCHEDULES = ("cosine", "wsd", "linear", "rsqrt", "constant")
 TOKENIZERS = ("unigram", "bpe")
 NUM_SPECIAL_TOKENS = 4  # unk, bos, eos, pad
@@ -103,6 +104,7 @@ class Parallel:
     replica: int = 1  # copies of the parameters; across slices
     fsdp: int | None = None  # parameters and batch sharded; None: all devices the other axes leave
     tensor: int = 1  # heads, feed-forward and vocabulary sharded
+    heartbeat_seconds: int = 60  # a process that the others have not heard of for so long ends the run
     num_cpu_devices: int | None = None  # simulate that many devices on CPU
 
 
@@ -117,13 +119,19 @@ class Train:
     loss_chunk: int | None = (
         None  # tokens per device whose logits exist at once; None: as many as 256 MiB of logits allow
     )
+    ema_decay: float | None = None  # an exponential moving average of the parameters is kept and saved; None: off
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Checkpoint:
     every: int = 100  # steps
+    recompute_every: int | None = None  # steps between repetitions of an update that must agree bit for bit, which
+    # finds failing hardware at the price of that update and twice the memory of the state; None: off
     keep: int = 3  # the newest ones
     keep_every: int | None = None  # and one each that many steps, for ever; None: off
+    keep_best: int | None = None  # and so many of the lowest held-out loss; None: off
+    max_failures: int = 3  # saves in a row that fail: the run stops; fewer are reported, and the next one is tried
+    notice_seconds: float = 30.0  # from SIGTERM to the end of the machine; the run says at start whether it can save
     allow_other_data: bool = False  # resume although the data are not those of the checkpoint
 
 
@@ -142,6 +150,31 @@ class Log:
     sample_tokens: int = 64
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Spikes:
+    """What is done about an update whose loss or gradient norm is not finite, or far above those before."""
+
+    action: str = "stop"  # stop: what is not finite stops the run, a spike is only recorded | skip: leave the update
+    # out | rewind: go back to a checkpoint and past some batches (PaLM, arXiv:2204.02311, section 5.1)
+    threshold: float = 10.0  # robust standard deviations (1.4826 x MAD) above the median of the window
+    window: int = 64  # updates; nothing is a spike until it is full
+    limit: int = 10  # updates skipped, or rewinds, in the whole run; one more stops it
+    rewind_steps: int = 100  # at least so many updates back
+    rewind_batches: int = 200  # are left out from there
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Watchdog:
+    """Seconds that a part of a run may take without progress; then every thread's stack is written to the workdir, and
+    the run ends with exit code 70. None: no limit."""
+
+    start: float | None = 1800.0  # until the first compilation: devices, restore
+    compile: float | None = 3600.0
+    step: float | None = 600.0  # or ten times the median step, if that is more
+    checkpoint: float | None = 1800.0  # while the loop waits for a save
+    evaluation: float | None = 1800.0
+
+
 def section(cls):
     return dataclasses.field(default_factory=cls)
 
@@ -156,6 +189,8 @@ class Config:
     train: Train = section(Train)
     checkpoint: Checkpoint = section(Checkpoint)
     evaluate: Evaluate = section(Evaluate)
+    spikes: Spikes = section(Spikes)
+    watchdog: Watchdog = section(Watchdog)
     log: Log = section(Log)
 
 
@@ -188,6 +223,7 @@ def validate(config: Config) -> None:
     one_of("model.remat", m.remat, REMATS)
     one_of("optimizer.name", o.name, OPTIMIZERS)
     one_of("optimizer.schedule", o.schedule, SCHEDULES)
+    one_of("spikes.action", config.spikes.action, SPIKES)
     one_of("tokenizer.kind", config.tokenizer.kind, TOKENIZERS)
     smallest_vocabulary = NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS + 2
     at_least(
@@ -201,6 +237,11 @@ def validate(config: Config) -> None:
         train__batch_size=t.batch_size, train__sequence_length=t.sequence_length, train__microbatches=t.microbatches,
         train__loss_chunk=t.loss_chunk, checkpoint__every=config.checkpoint.every,
         checkpoint__keep=config.checkpoint.keep, checkpoint__keep_every=config.checkpoint.keep_every,
+        checkpoint__keep_best=config.checkpoint.keep_best, checkpoint__max_failures=config.checkpoint.max_failures,
+        checkpoint__recompute_every=config.checkpoint.recompute_every,
+        parallel__heartbeat_seconds=config.parallel.heartbeat_seconds,
+        spikes__rewind_steps=config.spikes.rewind_steps, spikes__rewind_batches=config.spikes.rewind_batches,
+        spikes__limit=config.spikes.limit,
         evaluate__every=config.evaluate.every,
         evaluate__batch_size=config.evaluate.batch_size, evaluate__subset=config.evaluate.subset,
         log__every=config.log.every, log__sample_tokens=config.log.sample_tokens,
@@ -208,17 +249,24 @@ def validate(config: Config) -> None:
     )  # fmt: skip
     at_least(0, optimizer__warmup_steps=o.warmup_steps, optimizer__weight_decay=o.weight_decay, train__seed=t.seed,
              train__z_loss=t.z_loss)  # fmt: skip
+    at_least(8, spikes__window=config.spikes.window)
     at_least(smallest_vocabulary, tokenizer__vocab_size=config.tokenizer.vocab_size)
 
     for field, value in {
         "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta,
         "model.logit_soft_cap": m.logit_soft_cap, "optimizer.peak_learning_rate": o.peak_learning_rate,
         "optimizer.epsilon": o.epsilon,
-        "optimizer.clip_norm": o.clip_norm,
+        "optimizer.clip_norm": o.clip_norm, "spikes.threshold": config.spikes.threshold,
+        "checkpoint.notice_seconds": config.checkpoint.notice_seconds,
+        **{f"watchdog.{field}": seconds for field, seconds in dataclasses.asdict(config.watchdog).items()},
     }.items():  # fmt: skip
         require(value is None or 0 < value < float("inf"), f"{field}={value} must be a positive number")
     for field, value in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
         require(0 <= value < 1, f"{field}={value} must lie in [0, 1)")
+    require(
+        t.ema_decay is None or 0 < t.ema_decay < 1,
+        f"train.ema_decay={t.ema_decay} must lie between 0 and 1, or be none",
+    )
     require(0 <= o.final_fraction <= 1, f"optimizer.final_fraction={o.final_fraction} must lie in [0, 1]")
 
     if not problems:  # rules between fields make sense only once each field does
@@ -248,6 +296,12 @@ def validate(config: Config) -> None:
         require(
             o.warmup_steps < t.steps,
             f"optimizer.warmup_steps={o.warmup_steps} must be less than train.steps={t.steps}",
+        )
+        saved, evaluated = config.checkpoint.every, config.evaluate.every
+        require(
+            config.checkpoint.keep_best is None or (evaluated is not None and saved % evaluated == 0),
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs an evaluation at every save: checkpoint.every="
+            f"{saved} must be a multiple of evaluate.every={evaluated}",
         )
         require(
             o.decay_steps is None or o.schedule == "wsd",

@@ -28,7 +28,8 @@ from llm_jax.training.state import abstract_state, make_init, model_shape
 
 # What may change between two starts of a run without making it another run.
 FREE = ("checkpoint.", "evaluate.", "log.", "parallel.", "train.steps", "train.microbatches", "train.loss_chunk",
-        "model.layers", "model.remat", "data.data_dir", "data.cache_dir", "data.num_workers")  # fmt: skip
+        "model.layers", "model.remat", "data.data_dir", "data.cache_dir", "data.num_workers", "watchdog.",
+        "spikes.action", "spikes.threshold", "spikes.limit", "spikes.rewind_")  # fmt: skip
 # And what may with checkpoint.allow_other_data: what the fingerprint of the data is made of.
 DATA = ("data.", "train.batch_size", "train.sequence_length", "train.seed")
 
