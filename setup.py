@@ -26,6 +26,7 @@ REQUIRED = [
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4,<3",
     "tensorflow-datasets>=4.9.9,<5",
+    "tensorstore>=0.1.86",
     "tqdm>=4.66",
 ]
 

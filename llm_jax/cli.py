@@ -13,16 +13,18 @@ import os
 import pathlib
 import select
 import shlex
+import signal
 import sys
 import textwrap
 import traceback
 import typing
 
 import llm_jax
-from llm_jax.config import Config, UserError, flatten, validate
+from llm_jax.config import Config, RunFailed, UserError, flatten, validate
 from llm_jax.flags import OVERRIDE, load_config_file, load_saved_config, nearest, override
 
 CRASHED = 70
+PREEMPTED = 75
 BAD_INPUT = 78
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE: whoever read our output went away
@@ -65,6 +67,12 @@ class Verb:
     needs_workdir: bool = True
 
 
+PROCESSES = (
+    Flag("coordinator", "string", "HOST:PORT of process 0, for a run of several processes"),
+    Flag("num_processes", "integer", "of the run", {"lower_bound": 1}),
+    Flag("process_id", "integer", "of this process: 0, 1, ...", {"lower_bound": 0}),
+)
+EMA = Flag("ema", "boolean", "use the average of the parameters; see train.ema_decay", default=False)
 STEP = Flag("step", "integer", "of the checkpoint; default: the newest", {"lower_bound": 0})
 
 VERBS = {
@@ -80,12 +88,13 @@ VERBS = {
         explanation="Prepares the data if need be, resumes from the newest intact checkpoint in WORKDIR, evaluates at "
         "the end. With a WORKDIR that has been started, --workdir alone is enough.",
         example="llm-jax train --config=configs/quickstart.py --workdir=runs/quickstart --config.train.steps=500",
+        flags=PROCESSES,
     ),
     "evaluate": Verb(
         summary="measure loss, perplexity and bits per byte on all held-out text",
         explanation="Prints a table and writes WORKDIR/evaluate.json.",
         example="llm-jax evaluate --workdir=runs/quickstart",
-        flags=(STEP, Flag("batch_size", "integer", "in sequences; changes no result", {"lower_bound": 1})),
+        flags=(STEP, EMA, Flag("batch_size", "integer", "in sequences; changes no result", {"lower_bound": 1})),
         reads_config_file=False,
     ),
     "generate": Verb(
@@ -104,6 +113,7 @@ VERBS = {
             Flag("top_p", "float", "sample from the likeliest tokens that hold this probability"),
             Flag("seed", "integer", "of the sampling", {"lower_bound": 0}, 0),
             STEP,
+            EMA,
             Flag("stream", "boolean", "print while generating; default: on a terminal, for one prompt"),
         ),
         reads_config_file=False,
@@ -134,6 +144,21 @@ VERBS = {
             Flag("step", "integer", "number of the update; the first is 1", {"lower_bound": 1}),
             Flag("text", "boolean", "show whole texts", default=False),
         ),
+        reads_config_file=False,
+    ),
+    "inspect step": Verb(
+        summary="make one update of a run again, and show what it did",
+        explanation="From the newest checkpoint before it. Loss, gradient and parameter norms of each layer, compared "
+        "with the record. Nothing is changed.",
+        example="llm-jax inspect step --workdir=runs/quickstart --step=120",
+        flags=(Flag("step", "integer", "number of the update; the first is 1", {"lower_bound": 1}),),
+        reads_config_file=False,
+    ),
+    "inspect goodput": Verb(
+        summary="show what the time of a run went into, over all its starts",
+        explanation="Useful steps, compilation, waiting for data, saves, evaluation, work that was lost, time between "
+        "two starts.",
+        example="llm-jax inspect goodput --workdir=runs/quickstart",
         reads_config_file=False,
     ),
     "inspect checkpoints": Verb(
@@ -308,6 +333,8 @@ def run(name: str, argv: list[str]) -> int:
         if name == "generate":
             complete_generate(arguments)
         validate(arguments["config"])
+        if name in ("prepare", "train"):  # JAX takes over when it starts; until then there is nothing to save
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
         return find_job(name)(**arguments) or 0
     except OSError as error:
         advice = OS_ERROR_ADVICE.get(error.errno or 0)
@@ -343,6 +370,9 @@ def main(argv: list[str] | None = None) -> int:
         for problem in str(error).splitlines():
             print(f"llm-jax: error: {problem}", file=sys.stderr)
         return BAD_INPUT
+    except RunFailed as error:
+        print(f"llm-jax: stopped (exit code {CRASHED}): {error}", file=sys.stderr)
+        return CRASHED
     except KeyboardInterrupt:
         print("llm-jax: interrupted; the same command goes on from what has been saved", file=sys.stderr)
         return INTERRUPTED
@@ -378,10 +408,10 @@ def entry() -> typing.NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         code = BROKEN_PIPE
-    # After a failure an orderly exit would wait up to 5 minutes for the other hosts in the shutdown barrier of
-    # jax.distributed, and they for this one in their next collective: leave at once. And with a broken pipe the
-    # interpreter would complain about the output that it cannot flush.
-    if code == BROKEN_PIPE or (code and "jax" in sys.modules):
+    # After a failure an orderly exit would wait for the other hosts in the shutdown barrier of jax.distributed, and
+    # they for this one in their next collective: leave at once. After a notice all of them leave, in order. And with a
+    # broken pipe the interpreter would complain about the output that it cannot flush.
+    if code == BROKEN_PIPE or (code not in (0, PREEMPTED) and "jax" in sys.modules):
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

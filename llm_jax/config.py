@@ -104,7 +104,8 @@ class Parallel:
     replica: int = 1  # copies of the parameters; across slices
     fsdp: int | None = None  # parameters and batch sharded; None: all devices the other axes leave
     tensor: int = 1  # heads, feed-forward and vocabulary sharded
-    heartbeat_seconds: int = 60  # a process that the others have not heard of for so long ends the run
+    heartbeat_seconds: int | None = None  # a process that the others have not heard of for so long ends the run; None:
+    # 4 on CPU, 60 elsewhere
     num_cpu_devices: int | None = None  # simulate that many devices on CPU
 
 
@@ -196,6 +197,10 @@ class Config:
 
 class UserError(ValueError):
     """Bad input: names the field, the value, the rule and the way out in one line. Ends a command with exit code 78."""
+
+
+class RunFailed(RuntimeError):
+    """What is wrong with the run is known, and no fault of the input: one line, and exit code 70."""
 
 
 def validate(config: Config) -> None:

@@ -1,5 +1,7 @@
 """The digest against the same sum written in numpy, on several meshes, and against damage."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.safety.digest import _sum, digests
+from llm_jax.safety import digest
+from llm_jax.safety.digest import _sum, block_sums, digests, hexadecimal
 
 
 def mix(words):
@@ -63,6 +66,40 @@ def test_is_independent_of_the_mesh(name, axis_type):
         assert digests(placed) == want
         with jax.set_mesh(mesh):
             assert digests(placed) == want
+
+
+def cut_at_random(shape, rng):
+    """(start, end) of blocks that fill a shape."""
+    cuts = [sorted({0, size, *rng.integers(0, size + 1, 2).tolist()}) for size in shape]
+    for pairs in itertools.product(*(zip(places, places[1:], strict=False) for places in cuts)):
+        yield tuple(start for start, _ in pairs), tuple(end for _, end in pairs)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**16])
+def test_in_numpy_by_blocks(monkeypatch, piece):
+    monkeypatch.setattr(digest, "BLOCK", piece)
+    rng = np.random.default_rng(piece)
+    for shape in [(), (1,), (300,), (13, 7), (2, 1, 5, 3), (1, 40, 1), (600, 300)][: None if piece > 7 else 6]:
+        for dtype in (np.float32, jnp.bfloat16, np.int8, np.bool_, np.uint32):
+            array = np.asarray((rng.standard_normal(shape) * 100).astype(np.int32).astype(dtype))
+            want = digests({"a": jnp.asarray(array)})["a"]
+            sums = np.zeros(2, np.uint32)
+            for start, end in cut_at_random(shape, rng):
+                block = array[tuple(map(slice, start, end))]
+                for add in block_sums(block, start, shape):
+                    sums += add
+            assert hexadecimal(sums) == want == expected(array)
+
+
+def test_in_numpy_the_index_may_pass_32_bits():
+    """The index of the last element of [2^20, 3, 2^13] is beyond 2^32."""
+    shape, start = (2**20, 3, 2**13), (2**20 - 1, 2, 2**13 - 5)
+    block = np.arange(5, dtype=np.uint32).reshape(1, 1, 5)
+    (sums,) = block_sums(block, start, shape)
+    first = (start[0] * 3 + start[1]) * 2**13 + start[2]
+    index = np.array([(first + i + 1) % 2**32 for i in range(5)], np.uint32)
+    mixed = mix(block.ravel() + np.uint32(0x9E3779B9) * mix(index))
+    assert sums.tolist() == [int(mixed.sum(dtype=np.uint32)), int(mix(mixed ^ np.uint32(0x5BD1E995)).sum(dtype="u4"))]
 
 
 def test_finds_a_flipped_bit_and_a_swap():

@@ -105,8 +105,8 @@ def test_updates_equal_numpy(directions):
     optimizer = make_optimizer(settings, total_steps=4)
 
     @jax.jit
-    def update(gradient, state, parameters):
-        updates, state = optimizer.update(gradient, state, parameters)
+    def update(gradient, state, parameters, step):
+        updates, state = optimizer.update(gradient, state, parameters, step=step)
         return optax.apply_updates(parameters, updates), state
 
     parameters = random_like(abstract(GPT2), seed=0)
@@ -120,8 +120,8 @@ def test_updates_equal_numpy(directions):
             value = value - rate * (direction + decay * value)
         expected[path] = value
     state = optimizer.init(parameters)
-    for gradient in gradients:
-        parameters, state = update(gradient, state, parameters)
+    for step, gradient in enumerate(gradients):
+        parameters, state = update(gradient, state, parameters, step)
     for path, leaf in named_leaves(parameters).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
@@ -133,9 +133,18 @@ def test_clipping_by_the_norm_of_the_whole_gradient():
     norm = math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)))
     for clip_norm, factor in ((1.0, 1 / norm), (norm + 1, 1.0), (None, 1.0)):
         optimizer = make_optimizer(config.Optimizer(**settings, clip_norm=clip_norm), 10)
-        update, _ = jax.jit(optimizer.update)(gradient, optimizer.init(parameters), parameters)
+        update, _ = jax.jit(optimizer.update)(gradient, optimizer.init(parameters), parameters, step=0)
         for leaf, g in zip(jax.tree.leaves(update), jax.tree.leaves(gradient), strict=True):
             np.testing.assert_allclose(leaf, -RATE * factor * g, rtol=1e-4)
+
+
+def test_the_rate_is_that_of_the_step_however_many_updates_were_made():
+    settings = config.Optimizer(name="sgd", schedule="linear", warmup_steps=4, clip_norm=None, weight_decay=0.0)
+    optimizer, schedule = make_optimizer(settings, 20), make_schedule(settings, 20)
+    parameters = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract(LLAMA))
+    for step in (0, 3, 19):
+        updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters, step=jnp.int32(step))
+        np.testing.assert_array_equal(updates.final_norm.scale, np.full(32, -schedule(jnp.int32(step))))
 
 
 def test_adafactor_keeps_rows_and_columns_and_descends():
@@ -144,16 +153,16 @@ def test_adafactor_keeps_rows_and_columns_and_descends():
         config.Optimizer(name="adafactor", peak_learning_rate=0.05, warmup_steps=1, weight_decay=0.0), 40
     )
 
-    def step(parameters, state):
+    def step(parameters, state, number):
         gradient = jax.tree.map(jnp.subtract, parameters, target)
-        updates, state = optimizer.update(gradient, state, parameters)
+        updates, state = optimizer.update(gradient, state, parameters, step=number)
         return optax.apply_updates(parameters, updates), state, optax.tree.norm(gradient)
 
     step = jax.jit(step, compiler_options=FAST)
     parameters = jax.tree.map(jnp.zeros_like, target)
     state, distances = optimizer.init(parameters), []
-    for _ in range(40):
-        parameters, state, distance = step(parameters, state)
+    for number in range(40):
+        parameters, state, distance = step(parameters, state, number)
         distances.append(float(distance))
     assert np.isfinite(distances).all() and (np.diff(distances) < 0).all() and distances[-1] < 0.5 * distances[0]
     # w_up [L=2, D=32, F=96]: second moments of rows and of columns, one each per layer, and nothing of the full size

@@ -102,8 +102,11 @@ def build(mesh, optimizer="adamw", **changes):
     settings = config.Optimizer(name=optimizer, warmup_steps=2)
     made, schedule = make_optimizer(settings, 20), make_schedule(settings, 20)
     shape = training_state.model_shape(model, vocab_size=VOCAB_SIZE, sequence_length=LENGTH)
-    init = training_state.make_init(model, shape, made, mesh=mesh, rules=RULES, seed=0)
-    step = functools.partial(train_step, optimizer=made, schedule=schedule, num_microbatches=1, z_loss=0.0, chunk=None)
+    init = training_state.make_init(model, shape, made, mesh=mesh, rules=RULES, seed=0, window=8, ema=True)
+    step = functools.partial(
+        train_step, optimizer=made, schedule=schedule, num_microbatches=1, z_loss=0.0, chunk=None,
+        skip=True, threshold=10.0, ema_decay=0.9,
+    )  # fmt: skip
     return init, jax.jit(step, donate_argnames="state", compiler_options=FAST)
 
 
@@ -138,7 +141,7 @@ def test_the_arrays_lie_where_their_types_say():
         assert leaf.sharding == target[name].sharding, name
         assert {shard.data.shape for shard in leaf.addressable_shards} == {leaf.sharding.shard_shape(leaf.shape)}
     assert state.parameters.embed.addressable_shards[0].data.shape == (VOCAB_SIZE // 2, 32 // 4)
-    assert {name.split("/")[0] for name in target} == {"step", "parameters", "optimizer"}
+    assert {name.split("/")[0] for name in target} == {"step", "parameters", "optimizer", "ema", "history"}
 
 
 def compile_step(mesh, **changes):

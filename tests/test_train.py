@@ -38,7 +38,7 @@ def fixed_files(workdir) -> dict[str, bytes]:
     return {
         path.relative_to(workdir).as_posix(): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
-        if path.is_file() and "tensorboard" not in path.parts
+        if path.is_file() and "tensorboard" not in path.parts and path.name != "ledger.jsonl"
     }
 
 
@@ -195,8 +195,8 @@ def test_nan_stops_the_run_and_reaches_no_checkpoint(tiny, tmp_path):
     )
     done = tiny.run("train", tmp_path, *(f"--config.{flag}" for flag in flags))
     assert done.returncode == 70, done.stderr
-    assert "FloatingPointError: " in done.stderr
-    assert all(math.isfinite(line["loss"]) for line in record(tmp_path))
+    assert "llm-jax: stopped (exit code 70): " in done.stderr and "Traceback" not in done.stderr
+    assert all(line["loss"] != "NaN" for line in record(tmp_path)[:-1])
     for arrays in checkpointed_arrays(tmp_path).values():
         assert all(np.isfinite(array).all() for array in arrays)
 

@@ -31,17 +31,21 @@ BATCHES = [packed_rows(BATCH_SIZE, seed=step) for step in range(STEPS)]
 _built = {}
 
 
-def build(mesh, model, *, num_microbatches=1, chunk=None, z_loss=1e-3, optimizer=OPTIMIZER):
+def build(
+    mesh, model, *, num_microbatches=1, chunk=None, z_loss=1e-3, optimizer=OPTIMIZER,
+    skip=False, threshold=10.0, window=8, ema_decay=None,
+):  # fmt: skip
     """(init, step), jitted, and compiled once for all tests. auto is scan here, not what it is on CPU."""
-    key = (mesh, repr((model, num_microbatches, chunk, z_loss, optimizer)))
+    key = (mesh, repr((model, num_microbatches, chunk, z_loss, optimizer, skip, threshold, window, ema_decay)))
     if key not in _built:
         model = dataclasses.replace(model, layers="scan" if model.layers == "auto" else model.layers)
         made, schedule = make_optimizer(optimizer, STEPS), make_schedule(optimizer, STEPS)
         shape = model_shape(model, vocab_size=VOCAB_SIZE, sequence_length=LENGTH)
-        init = make_init(model, shape, made, mesh=mesh, rules=RULES, seed=0)
+        init = make_init(model, shape, made, mesh=mesh, rules=RULES, seed=0, window=window, ema=ema_decay is not None)
         step = functools.partial(
-            train_step, optimizer=made, schedule=schedule, num_microbatches=num_microbatches, z_loss=z_loss, chunk=chunk
-        )
+            train_step, optimizer=made, schedule=schedule, num_microbatches=num_microbatches, z_loss=z_loss,
+            chunk=chunk, skip=skip, threshold=threshold, ema_decay=ema_decay,
+        )  # fmt: skip
         _built[key] = jax.jit(init, compiler_options=FAST), jax.jit(step, compiler_options=FAST)
     return _built[key]
 
@@ -133,6 +137,11 @@ def test_the_metrics_of_a_step():
     assert list(norms) == list(named_leaves(after.parameters))
     squares = sum(float(np.square(norm).sum()) for norm in norms.values())
     assert metrics["grad_norm"] == pytest.approx(math.sqrt(squares), rel=1e-5)
+    norms = named_leaves(metrics["parameter_norms"])
+    for name, leaf in named_leaves(state.parameters).items():
+        leaves = np.asarray(leaf, np.float64).reshape(leaf.shape[0] if name.startswith("blocks/") else 1, -1)
+        np.testing.assert_allclose(np.atleast_1d(norms[name]), np.linalg.norm(leaves, axis=1), rtol=1e-5)
+    assert (metrics["spike"].dtype, metrics["skipped"].dtype) == (bool, bool)
 
 
 def test_the_gradient_is_the_slope_of_the_mean_loss():
@@ -207,9 +216,116 @@ def test_state_is_float32_when_the_computation_is_bfloat16():
     with jax.set_mesh(mesh):
         init, step = build(mesh, dataclasses.replace(LLAMA, dtype="bfloat16"), num_microbatches=2)
         state, metrics = jax.eval_shape(step, jax.eval_shape(init), put(BATCHES[0], mesh))
-    assert metrics.pop("batch").dtype == jnp.uint32
+    assert [metrics.pop(name).dtype for name in ("batch", "spike", "skipped")] == [jnp.uint32, bool, bool]
     assert {leaf.dtype for leaf in jax.tree.leaves((state.parameters, metrics))} == {jnp.dtype("float32")}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.optimizer)} == {"float32", "int32"}
+
+
+CONSTANT = config.Optimizer(peak_learning_rate=1e-3, schedule="constant", warmup_steps=0)
+SPIKE = packed_rows(BATCH_SIZE, seed=99)
+SPIKE["tokens"] = np.full_like(SPIKE["tokens"], 7)  # every gradient points the same way
+
+
+def all_but_step(state) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(state).items() if name != "step"}
+
+
+def assert_same_bits(states, others):
+    assert list(states) == list(others)
+    for name, leaf in states.items():
+        assert leaf.tobytes() == others[name].tobytes(), name
+
+
+def with_nan(state, *, step: int):
+    """A state whose next loss is NaN."""
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan) if leaf.ndim == 1 else leaf, state.parameters)
+    return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding), parameters=broken)
+
+
+@pytest.mark.parametrize("mesh, num_microbatches", [((1, 1, 1), 1), ((1, 2, 4), 1), ((1, 2, 4), 2)], ids=str)
+def test_a_spike_leaves_no_bit_behind(mesh, num_microbatches):
+    """A batch of one token among batches to learn from: skipped, the run is the one that never saw it."""
+    mesh = make_mesh(*mesh)
+    with jax.set_mesh(mesh):
+        init, step = build(
+            mesh, LLAMA, optimizer=CONSTANT, skip=True, threshold=4.0, ema_decay=0.9, num_microbatches=num_microbatches
+        )
+        state, clean, skipped = init(), init(), []
+        for number, batch in enumerate(BATCHES[:12]):
+            if number == 10:
+                before = all_but_step(state)
+                state, metrics = step(state, put(SPIKE, mesh))
+                assert metrics["spike"] and metrics["skipped"] and int(state.step) == 11
+                assert_same_bits(all_but_step(state), before)
+            state, metrics = step(state, put(batch, mesh))
+            clean, same = step(clean, put(batch, mesh))
+            assert float(metrics["loss"]) == float(same["loss"])
+            skipped.append(bool(metrics["skipped"] | metrics["spike"]))
+        assert step._cache_size() == 1
+    assert not any(skipped)
+    assert (int(state.step), int(clean.step), int(state.history.count)) == (13, 12, 12)
+    assert_same_bits(all_but_step(state), all_but_step(clean))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_what_is_not_finite(skip):
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        init, step = build(mesh, LLAMA, optimizer=CONSTANT, skip=skip, threshold=4.0, ema_decay=0.9)
+        broken = with_nan(init(), step=7)
+        before = all_but_step(broken)
+        state, metrics = step(broken, put(BATCHES[0], mesh))
+    assert np.isnan(metrics["loss"]) and not metrics["spike"] and bool(metrics["skipped"]) == skip
+    assert int(state.step) == 8 and int(state.history.count) == 0
+    after = all_but_step(state)
+    if skip:
+        assert_same_bits(after, before)
+    else:
+        assert all(np.isnan(after[name]).any() for name in ("parameters/head", "optimizer/1/mu/head", "ema/head"))
+
+
+def test_without_skip_a_spike_is_an_update_like_any_other():
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        init, step = build(mesh, LLAMA, optimizer=CONSTANT, threshold=4.0)
+        state = init()
+        for batch in BATCHES[:10]:
+            state, metrics = step(state, put(batch, mesh))
+            assert not metrics["spike"]
+        after, metrics = step(state, put(SPIKE, mesh))
+    assert metrics["spike"] and not metrics["skipped"] and after.ema is None
+    assert (np.asarray(after.parameters.head) != np.asarray(state.parameters.head)).any()
+    assert after.history.count == 11  # it follows where the loss goes for good
+    assert metrics["loss"] in np.asarray(after.history.loss_W)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)], ids=str)
+def test_the_average_equals_numpy_and_lies_as_the_parameters(mesh):
+    mesh = make_mesh(*mesh)
+    with jax.set_mesh(mesh):
+        init, step = build(mesh, LLAMA, ema_decay=0.7)
+        state = init()
+        expected = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(state.parameters).items()}
+        for batch in BATCHES[:5]:
+            state, _ = step(state, put(batch, mesh))
+            for name, leaf in named_leaves(state.parameters).items():
+                expected[name] = 0.7 * expected[name] + 0.3 * np.asarray(leaf, np.float64)
+    assert list(named_leaves(state.ema)) == list(expected)
+    parameters = named_leaves(state.parameters)
+    for name, leaf in named_leaves(state.ema).items():
+        assert leaf.dtype == jnp.float32 and leaf.sharding == parameters[name].sharding
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_begins_as_the_parameters_in_memory_of_its_own():
+    """Or donating the state would donate one array twice."""
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        init, _ = build(mesh, LLAMA, ema_decay=0.7)
+        state = init()
+        assert_same_bits(all_but_step(state.ema), all_but_step(state.parameters))
+        jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,15 +16,24 @@ from llm_jax.config import Config
 from llm_jax.data.stream import HeldOut
 from llm_jax.jobs.prepare import prepare
 from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
+from llm_jax.measure import metrics
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, global_rows, num_batch_shards
 from llm_jax.training.losses import token_losses
 
 
 def run(
-    config: Config, workdir: str, as_json: bool = False, step: int | None = None, batch_size: int | None = None
+    config: Config,
+    workdir: str,
+    as_json: bool = False,
+    step: int | None = None,
+    batch_size: int | None = None,
+    ema: bool = False,
 ) -> None:
-    """The verb: evaluates a checkpoint on all held-out text, prints a table or JSON, writes WORKDIR/evaluate.json."""
+    """The verb: evaluates a checkpoint on all held-out text, prints a table or JSON, writes WORKDIR/evaluate.json.
+
+    ema: the averaged parameters instead of the last ones.
+    """
     start(config)
     work = Workdir(workdir)
     say = (lambda text: None) if as_json else print
@@ -32,40 +41,53 @@ def run(
     prepared = prepare(work.with_own_tokenizer(config), say=say)
     mesh = mesh_for_reading(config.parallel)
     with jax.set_mesh(mesh):
-        step, model = restore_parameters(work, config, tokenizer, mesh, step=step)
+        step, model = restore_parameters(work, config, tokenizer, mesh, step=step, ema=ema)
         held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
         evaluate = make_evaluate(mesh, batch_size or config.evaluate.batch_size, config.train.loss_chunk)
         result = {"step": step, **evaluate(model, held_out)}
     if hosts.is_first():
-        work.save_evaluation(result)
-        print(json.dumps(result, indent=2) if as_json else table(result))
+        plain = metrics.encode(result)
+        work.save_evaluation(plain)
+        print(json.dumps(plain, indent=2) if as_json else table(result))
 
 
 def make_evaluate(mesh: jax.sharding.Mesh, batch_size: int, chunk: int | None) -> Callable:
-    """evaluate(model, held_out, subset=None) -> {"all": measures, "sources": {name: measures}}.
+    """evaluate(model, held_out, subset=None, proceed=None) -> {"all": measures, "sources": {name: measures}}.
 
     The function compiles once. `subset` takes that many windows of each source, evenly spaced, instead of all. Sums
     over tokens are made on the host in float64 by document, so batch size, mesh and number of hosts change at most the
-    last bits of a token's loss.
+    last bits of a token's loss. `proceed()` is asked before every batch, as often in every process; where it says
+    False, evaluate gives up and returns None.
     """
     sharding = jax.NamedSharding(mesh, Rules().spec("batch", None))
     shards = num_batch_shards(mesh, Rules())
     batch_size = -(-batch_size // shards) * shards
     losses = jax.jit(functools.partial(token_losses, chunk=chunk))
 
-    def evaluate(model, held_out: dict[str, HeldOut], subset: int | None = None) -> dict:
-        sums = {name: sum_by_document(model, split, subset) for name, split in held_out.items()}
+    def evaluate(
+        model,
+        held_out: dict[str, HeldOut],
+        subset: int | None = None,
+        proceed: Callable[[], bool] | None = None,
+    ) -> dict | None:
+        sums = {}
+        for name, split in held_out.items():
+            sums[name] = sum_by_document(model, split, subset, proceed)
+            if sums[name] is None:
+                return None
         known = set.intersection(*(set(source) for source in sums.values()))  # bytes: only of whole splits
         everything = {key: np.concatenate([source[key] for source in sums.values()]) for key in known}
         return {"all": measures(everything), "sources": {name: measures(source) for name, source in sums.items()}}
 
-    def sum_by_document(model, split: HeldOut, subset: int | None) -> dict[str, np.ndarray]:
+    def sum_by_document(model, split: HeldOut, subset: int | None, proceed) -> dict[str, np.ndarray] | None:
         windows = np.arange(split.num_rows)
         if subset is not None and subset < split.num_rows:
             windows = np.linspace(0, split.num_rows - 1, subset).astype(np.int64)
         num_documents = split.store.num_documents
         sums = {key: np.zeros(num_documents) for key in ("tokens", "nll", "top1", "top5")}
         for first in range(0, len(windows), batch_size):
+            if proceed is not None and not proceed():
+                return None
             rows = windows[first : first + batch_size]
             rows = np.pad(rows, (0, batch_size - len(rows)), constant_values=split.num_rows)  # padding counts nothing
             batch = global_rows(functools.partial(_read, split, rows), batch_size, sharding)

@@ -35,15 +35,19 @@ def run(
     seed: int = 0,
     step: int | None = None,
     stream: bool = False,
+    ema: bool = False,
 ) -> None:
-    """The verb: prints each prompt with its continuation, or a JSON list of {"prompt", "text"}."""
+    """The verb: prints each prompt with its continuation, or a JSON list of {"prompt", "text"}.
+
+    ema: by the averaged parameters instead of the last ones.
+    """
     start(config)
     work = Workdir(workdir)
     tokenizer = work.load_tokenizer()
     mesh = mesh_for_reading(config.parallel)
     sampling = decoding.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, eos=EOS)
     with jax.set_mesh(mesh):
-        step, model = restore_parameters(work, config, tokenizer, mesh, step=step)
+        step, model = restore_parameters(work, config, tokenizer, mesh, step=step, ema=ema)
         show = _Printer(prompts[0]) if stream and not as_json and hosts.is_first() else None
         texts = generate(
             model, tokenizer, prompts, mesh=mesh, sampling=sampling, max_tokens=max_tokens, seed=seed, show=show

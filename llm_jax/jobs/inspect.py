@@ -1,6 +1,7 @@
 """`llm-jax inspect ...`: looks into a run without changing it, and needs no accelerator.
 
-batch: which text fed a step; checkpoints: whether all are intact; params: what is in one; diff: how two runs differ
+batch: which text fed a step; step: what that update did; goodput: what the time went into; checkpoints: whether all are
+intact; params: what is in one; diff: how two runs differ
 """
 
 import functools
@@ -10,13 +11,16 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.config import Config, UserError, differences
 from llm_jax.jobs.prepare import prepare
-from llm_jax.jobs.train import make_stream
+from llm_jax.jobs.setup import Setup, batch_text, describe_batch, make_stream
 from llm_jax.jobs.workdir import Workdir, start
+from llm_jax.measure import goodput as ledger
 from llm_jax.measure import metrics
-from llm_jax.safety.checkpoint import Checkpoints
+from llm_jax.safety.checkpoint import Checkpoints, named_leaves
+from llm_jax.safety.rewinds import Rewinds
 
 SHOWN_CHARACTERS = 72  # of a text in a table
 
@@ -28,27 +32,70 @@ def batch(config: Config, workdir: str, as_json: bool = False, step: int | None 
     work = Workdir(workdir)
     prepared = prepare(work.with_own_tokenizer(config), say=functools.partial(print, file=sys.stderr))
     stream = make_stream(config, prepared)
-    tokens_BU = stream.batch(step - 1).tokens_BU
-    rows = []
-    for row in range(stream.batch_size):
-        origin = stream.origin(step - 1, row)
-        pieces, first = [], 0
-        for key, offset, length in origin.pieces:
-            shown = prepared.tokenizer.decode(tokens_BU[row, first : first + length].tolist())
-            pieces.append({"document": key, "first_token": offset, "tokens": length, "text": shown})
-            first += length
-        rows.append({
-            "row": row, "source": origin.source, "window": origin.window, "epoch": origin.epoch, "pieces": pieces,
-        })  # fmt: skip
+    rows = describe_batch(stream, prepared.tokenizer, Rewinds(work.rewinds).batch_number(step - 1))
     if as_json:
         print(json.dumps({"step": step, "rows": rows}, indent=2, ensure_ascii=False))
+    else:
+        print(batch_text(rows, None if text else SHOWN_CHARACTERS))
+
+
+def step(config: Config, workdir: str, as_json: bool = False, step: int | None = None) -> None:
+    """Makes update `step` again, from the newest checkpoint before it, and shows what it did."""
+    if step is None:
+        raise UserError("inspect step needs --step=N, the number of an update; the first is 1")
+    start(config)
+    work = Workdir(workdir)
+    say = functools.partial(print, file=sys.stderr)
+    setup = Setup(config, prepare(work.with_own_tokenizer(config), say=say))
+    rewinds, saved = Rewinds(work.rewinds), Checkpoints(work.checkpoints)
+    recorded = {line["step"]: line for line in metrics.read(work.metrics) if "kind" not in line}.get(step)
+    with jax.set_mesh(setup.mesh):
+        before = max((s for s in saved.steps() if s < step), default=None)
+        if before is None:
+            say("there is no checkpoint before that step: this begins at step 0")
+            state, first = jax.jit(setup.init)(), 0
+        else:
+            state, first = setup.restore_or_init(saved, rewinds, before)
+        update = setup.compile(state)
+        values = {}
+        for number in range(first, step):
+            state, values = update(state, setup.batch(rewinds.batch_number(number)))
+    result = {
+        "step": step,
+        "replayed_from": first,
+        **{key: float(values[key]) for key in ("loss", "grad_norm", "learning_rate")},
+        "batch": f"{int(values['batch']):08x}",
+        "spike": bool(values["spike"]),
+        "as_recorded": recorded and all(recorded[k] == float(values[k]) for k in ("loss", "grad_norm")),
+        **{
+            key: {name: np.asarray(norms).tolist() for name, norms in named_leaves(values[key]).items()}
+            for key in ("gradient_norms", "parameter_norms")
+        },
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
         return
-    for row in rows:
-        print(f"row {row['row']}: {row['source']}, window {row['window']}, epoch {row['epoch']}")
-        for piece in row["pieces"]:
-            shown = piece["text"] if text else " ".join(piece["text"].split())[:SHOWN_CHARACTERS]
-            last = piece["first_token"] + piece["tokens"]
-            print(f"  {piece['document']} tokens {piece['first_token']}..{last - 1}: {shown}")
+    width = max(map(len, result["gradient_norms"]))
+    print(f"{'parameter':{width}}  layer  gradient norm  parameter norm")
+    for name, norms in result["gradient_norms"].items():
+        for layer, (gradient, parameter) in enumerate(
+            zip(np.atleast_1d(norms), np.atleast_1d(result["parameter_norms"][name]), strict=True)
+        ):
+            print(f"{name:{width}}  {layer:5}  {gradient:13.6g}  {parameter:14.6g}")
+    compared = {None: "not in the record", True: "bit-identical to the record", False: "OTHER than in the record"}
+    print(
+        f"step {step}, replayed from {first}: loss {result['loss']:.6g}, gradient norm {result['grad_norm']:.6g}, "
+        f"learning rate {result['learning_rate']:.6g}; {compared[result['as_recorded']]}"
+    )
+
+
+def goodput(config: Config, workdir: str, as_json: bool = False) -> None:
+    """What the time of the run went into, over all its starts."""
+    work = Workdir(workdir)
+    if not work.ledger.exists():
+        raise UserError(f"{work.ledger} does not exist yet; run `llm-jax train --workdir={work.path}` first")
+    result = ledger.summarize(work.ledger)
+    print(json.dumps(result, indent=2) if as_json else ledger.table(result))
 
 
 def checkpoints(config: Config, workdir: str, as_json: bool = False) -> int:

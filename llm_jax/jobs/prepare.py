@@ -123,14 +123,17 @@ def make_tokenizer(config: Config, train: dict[str, Documents], cache: str, say:
     path = os.path.join(cache, "tokenizers", f"{fingerprint[:16]}.model")
     if os.path.exists(path):
         return load_tokenizer(path)
-    shares = [settings.train_bytes * weight / sum(weights) for weight in weights]
-    size = sum(min(share, documents.num_bytes) for share, documents in zip(shares, train.values(), strict=True))
-    say(f"training a {settings.kind} tokenizer of {settings.vocab_size:,} pieces on {size / 1e6:.1f} MB of text")
-    begin = time.monotonic()
-    sample = sample_texts(list(train.values()), weights, settings.train_bytes, SAMPLE_SEED, skip_bad)
-    tokenizer = train_tokenizer(sample, kind=settings.kind, vocab_size=settings.vocab_size)
-    tokenizer.save(path)
-    say(f"trained the tokenizer in {time.monotonic() - begin:.0f} s: {path}")
+    with sources.locked(f"{path}.lock"):
+        if os.path.exists(path):  # another process has trained it while this one waited
+            return load_tokenizer(path)
+        shares = [settings.train_bytes * weight / sum(weights) for weight in weights]
+        size = sum(min(share, documents.num_bytes) for share, documents in zip(shares, train.values(), strict=True))
+        say(f"training a {settings.kind} tokenizer of {settings.vocab_size:,} pieces on {size / 1e6:.1f} MB of text")
+        begin = time.monotonic()
+        sample = sample_texts(list(train.values()), weights, settings.train_bytes, SAMPLE_SEED, skip_bad)
+        tokenizer = train_tokenizer(sample, kind=settings.kind, vocab_size=settings.vocab_size)
+        tokenizer.save(path)
+        say(f"trained the tokenizer in {time.monotonic() - begin:.0f} s: {path}")
     return tokenizer
 
 

@@ -1,35 +1,61 @@
 """What a training run reports, while it runs."""
 
 import math
+import shlex
 import time
+from collections.abc import Callable
 
+import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from llm_jax.config import Config
+from llm_jax.config import Config, RunFailed
+from llm_jax.jobs.sections import Sections
+from llm_jax.jobs.setup import Setup
 from llm_jax.jobs.workdir import Workdir
-from llm_jax.measure.flops import Peak, flops_per_token
+from llm_jax.measure.flops import flops_per_token, peak_flops
 from llm_jax.measure.metrics import MetricsLog, read
 from llm_jax.measure.progress import Progress
 from llm_jax.measure.writers import TensorBoardWriter
-from llm_jax.model.transformer import Shape
 from llm_jax.parallel import hosts
+from llm_jax.safety.checkpoint import named_leaves
 from llm_jax.safety.guards import check_first_step
+from llm_jax.safety.recorder import Recorder
+from llm_jax.safety.rewinds import Rewind
+from llm_jax.training.state import compute_dtype
+
+
+class Spike(Exception):
+    """An update that the run is to go back before (spikes.action=rewind)."""
+
+    def __init__(self, step: int):
+        super().__init__(f"spike at step {step}")
+        self.step = step
 
 
 class Record:
-    """metrics.jsonl, TensorBoard, the terminal. The metrics of a step are fetched when the next one is under way, so
-    that reporting never keeps the devices waiting. Only the first process writes."""
+    """metrics.jsonl, TensorBoard, the terminal, incidents. The metrics of a step are fetched when the next one is under
+    way, so that reporting never keeps the devices waiting. Only the first process writes; all decide alike."""
 
-    def __init__(self, work: Workdir, config: Config, shape: Shape, peak: Peak, num_devices: int, first_step: int):
+    def __init__(
+        self,
+        work: Workdir,
+        config: Config,
+        setup: Setup,
+        first_step: int,
+        sections: Sections,
+        describe_batch: Callable[[int], str],
+    ):
+        """describe_batch: the texts that made an update, for an incident."""
+        shape, device = setup.shape, jax.local_devices()[0]
+        peak = peak_flops(device, compute_dtype(config.model, device.platform))
         self.work = work
         self.config = config
+        self.sections = sections
+        self.describe_batch = describe_batch
         self.vocab_size = shape.vocab_size
+        self.recorder = Recorder(work.incidents)
         self.log = self.tensorboard = None
-        if hosts.is_first():
-            self.log = MetricsLog(work.metrics)
-            self.log.rewind(first_step)
-            self.tensorboard = TensorBoardWriter(work.path, start_step=first_step) if config.log.tensorboard else None
+        self._begin(first_step)
         self.progress = Progress(config.train.steps, first_step)
         self.flops_per_token = flops_per_token(
             num_layers=shape.num_layers,
@@ -43,11 +69,24 @@ class Record:
             sequence_length=config.train.sequence_length,
             causal=True,
         )
-        self.peak_flops = peak.value * num_devices
+        self.peak_flops = peak.value * setup.mesh.size
         self.say(
             f"MFU counts causal attention, against {self.peak_flops / 1e12:.3g} TFLOP/s of all devices; {peak.source}"
         )
         self.tokens_per_step = config.train.batch_size * config.train.sequence_length
+
+    def _begin(self, step: int) -> None:
+        """The record goes on from this step: what an earlier start wrote of later ones is dropped."""
+        lines = []
+        if hosts.is_first():
+            self.log = self.log or MetricsLog(self.work.metrics)
+            self.log.rewind(step)
+            lines = read(self.work.metrics)
+            if self.config.log.tensorboard:
+                self.tensorboard = TensorBoardWriter(self.work.path, start_step=step)
+        self.num_skipped = hosts.first_says(sum(line.get("skipped", False) for line in lines))
+        evaluations = [line["step"] for line in lines if line.get("kind") == "evaluate"]
+        self.last_evaluation = hosts.first_says(max(evaluations, default=-1))
         self.pending = None
         self.last = time.monotonic()
 
@@ -61,18 +100,18 @@ class Record:
         self.pending = (step, metrics)
 
     def flush(self) -> None:
-        """Writes the step taken last, waiting for it."""
+        """Writes the step taken last, waiting for it. Raises RunFailed or Spike, by spikes.action."""
         if self.pending is None:
             return
         step, metrics = self.pending
         self.pending = None
+        begin = time.monotonic()
         loss = float(metrics["loss"])
         now = time.monotonic()
         seconds, self.last = now - self.last, now
+        self.sections.step(step, waited=now - begin)
         if step == 1:
             check_first_step(loss, metrics["gradient_norms"], self.vocab_size)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}; the newest checkpoint is from before")
         rate = self.tokens_per_step / seconds
         line = {
             "step": step,
@@ -85,20 +124,71 @@ class Record:
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
         }
-        if not hosts.is_first():
-            return
-        self.progress.update(line)
-        if step % self.config.log.every == 0 or step in (1, self.config.train.steps):
-            self._write(line)
+        finite = math.isfinite(loss) and math.isfinite(line["grad_norm"])
+        spikes = bool(metrics["spike"])
+        if spikes or not finite:
+            line |= {"spike": spikes, "skipped": bool(metrics["skipped"])}
+        self.recorder.note(step, line)
+        if hosts.is_first():
+            self.progress.update(line)
+            if step % self.config.log.every == 0 or step in (1, self.config.train.steps) or "spike" in line:
+                self._write(line)
+        if "spike" in line:
+            self._react(step, "spike" if finite else "not-finite", metrics, line)
+
+    def _react(self, step: int, reason: str, metrics: dict, line: dict) -> None:
+        """To a spike, or to a loss or gradient that is not finite."""
+        spikes = self.config.spikes
+        if hosts.is_first() and self.recorder.num_incidents() < spikes.limit:
+            folder = self.incident(step, reason, metrics)
+            self.say(f"step {step}: {reason}, loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}: {folder}")
+        if spikes.action == "stop" and reason == "not-finite":
+            what = f"loss of step {step} is {line['loss']}, its gradient norm {line['grad_norm']}"
+            raise RunFailed(f"the {what}; the newest checkpoint is from before")
+        if spikes.action == "rewind":
+            raise Spike(step)
+        if line["skipped"]:
+            self.num_skipped += 1
+            if self.num_skipped > spikes.limit:
+                raise RunFailed(
+                    f"step {step} is the {self.num_skipped}th update to be skipped, of spikes.limit={spikes.limit}"
+                )
+
+    def incident(self, step: int, reason: str, metrics: dict | None) -> str:
+        """Writes WORKDIR/incidents/STEP-REASON; metrics: of that very update, if they are known."""
+        try:
+            text = self.describe_batch(step)
+        except Exception as error:  # that may be what the incident is about
+            text = f"the batch cannot be read: {type(error).__name__}: {error}"
+        norms = {}
+        if metrics is not None:
+            norms = {
+                key: {name: np.asarray(leaf).tolist() for name, leaf in named_leaves(metrics[key]).items()}
+                for key in ("gradient_norms", "parameter_norms")
+            }
+        replay = shlex.join(["llm-jax", "inspect", "step", f"--workdir={self.work.path}", f"--step={step}"])
+        return str(self.recorder.incident(step, reason, batch_text=text, replay=replay, extra=norms))
+
+    def crashed(self, step: int) -> None:
+        """The update of this step, or the one before, did not come to an end."""
+        if hosts.is_first():
+            self.say(f"what is known about the crash: {self.incident(step, 'crash', None)}")
+
+    def rewound(self, rewind: Rewind) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        self._begin(rewind.to)
+        if self.log is not None:
+            self.log.append({"kind": "rewind", "step": rewind.to, "spike": rewind.spike, "batches": rewind.batches})
+        self.say(f"rewound from step {rewind.spike} to step {rewind.to}, past {rewind.batches} batches")
 
     def has_evaluation(self, step: int) -> bool:
         """Whether an earlier start has evaluated at this step; the same answer in every process."""
-        lines = read(self.work.metrics) if hosts.is_first() else []
-        found = any(line.get("kind") == "evaluate" and line["step"] == step for line in lines)
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        return self.last_evaluation == step
 
     def evaluation(self, step: int, result: dict) -> None:
         """Takes the result of an evaluation of the fixed subset."""
+        self.last_evaluation = step
         if hosts.is_first():
             measures = result["all"]
             what = "untrained" if step == 0 else f"step {step}"

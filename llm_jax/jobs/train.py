@@ -3,195 +3,248 @@
 The same command goes on where an earlier start of it stopped, and does nothing but report if it is finished.
 """
 
-import collections
-import concurrent.futures
+import dataclasses
 import functools
 import json
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from llm_jax.config import Config, UserError
-from llm_jax.data.stream import HeldOut, TrainStream
+from llm_jax.config import Config, RunFailed, UserError, dumps
+from llm_jax.data.stream import HeldOut
 from llm_jax.jobs import evaluate as evaluation
+from llm_jax.jobs.evaluate import make_evaluate
 from llm_jax.jobs.generate import generate
 from llm_jax.jobs.prepare import Prepared, prepare, summary, table
-from llm_jax.jobs.record import Record, untrained_perplexity
+from llm_jax.jobs.record import Record, Spike, untrained_perplexity
+from llm_jax.jobs.sections import Sections
+from llm_jax.jobs.setup import Setup, batch_text, describe_batch, items
 from llm_jax.jobs.workdir import Workdir, start
-from llm_jax.measure.flops import parameter_count, peak_flops
+from llm_jax.measure.flops import parameter_count
+from llm_jax.measure.goodput import Ledger, process_began
+from llm_jax.measure.metrics import encode
 from llm_jax.model.decoding import Sampling
 from llm_jax.parallel import hosts
-from llm_jax.parallel.sharding import Rules, global_rows, make_mesh, replicated, require_divisible
-from llm_jax.safety.checkpoint import Checkpoints
+from llm_jax.safety import replicas
+from llm_jax.safety.checkpoint import Checkpoints, SaveFailed, named_leaves
+from llm_jax.safety.digest import digests
 from llm_jax.safety.guards import all_finite
-from llm_jax.training.optimizer import make_optimizer
-from llm_jax.training.schedule import make_schedule
-from llm_jax.training.state import TrainState, abstract_state, compute_dtype, make_init, model_shape
-from llm_jax.training.step import train_step
+from llm_jax.safety.rewinds import Rewind, Rewinds
+from llm_jax.safety.watchdog import Watchdog
+from llm_jax.training.state import TrainState, compute_dtype
 
-PREEMPTED = 75  # exit code: saved after a notice, start again
-BATCHES_AHEAD = 2
+PROBE_BYTES = 32_000_000
+SECONDS_TO_NOTICE = 1.0  # JAX's preemption service looks once a second
 
 
-def run(config: Config, workdir: str, as_json: bool = False) -> int:
-    """The verb; returns the exit code: 0 done, 75 saved after a preemption notice."""
+def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int:
+    """The verb; returns the exit code: 0 done, 75 saved after a preemption notice. processes: see hosts.start."""
     say = functools.partial(print, file=sys.stderr) if as_json else print
     work = Workdir(workdir)
-    work.claim(config)
-    start(config, saves_on_sigterm=True)
-    mesh, rules = make_mesh(config.parallel), Rules()
-    prepared = prepare(work.with_own_tokenizer(config), say=say)
+    start(config, saves_on_sigterm=True, **processes)
+    if hosts.is_first():
+        work.claim(config)
+    else:
+        say = silent
+    hosts.require_same("--config", dumps(config))
+    preemption = hosts.Preemption()
+    ledger = Ledger(work.ledger if hosts.is_first() else None, began=process_began())
+    limits = dataclasses.asdict(config.watchdog)
+    limits |= {"restore": limits["start"], "data": limits["step"], "finish": limits["evaluation"]}
+    watchdog = Watchdog(limits, work.stacks, jax.process_index())
+    sections = Sections(ledger, watchdog, say)
+
+    with sections("prepare"), preemption.leaving_at_once(say):
+        prepared = prepare(work.with_own_tokenizer(config), say=say)
     say(table(summary(prepared)))
-    stream = make_stream(config, prepared)
+    setup = Setup(config, prepared)
+    held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
+    evaluate = make_evaluate(setup.mesh, config.evaluate.batch_size, config.train.loss_chunk)
+    with jax.set_mesh(setup.mesh):
+        state = train(work, config, prepared, setup, held_out, evaluate, sections, preemption, say)
+        if state is not None:
+            with sections("finish"), preemption.leaving_at_once(say):
+                finish(work, config, prepared, setup, state, evaluate(state.parameters, held_out), as_json)
+    sections.close()
+    return 0 if state is not None else hosts.PREEMPTED
 
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    shape = model_shape(
-        config.model, vocab_size=prepared.tokenizer.vocab_size, sequence_length=config.train.sequence_length
+
+def train(
+    work: Workdir,
+    config: Config,
+    prepared: Prepared,
+    setup: Setup,
+    held_out: dict[str, HeldOut],
+    evaluate: Callable,
+    sections: Sections,
+    preemption: hosts.Preemption,
+    say: Callable[[str], None],
+) -> TrainState | None:
+    """From the newest checkpoint to the last step; None after a preemption notice. What there is has been saved."""
+    total = config.train.steps
+    rewinds = Rewinds(work.rewinds)
+    checkpoints = Checkpoints(
+        work.checkpoints,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
     )
-    init = make_init(config.model, shape, optimizer, mesh=mesh, rules=rules, seed=config.train.seed)
-    require_divisible_batch(config, mesh, rules)
-    device = jax.local_devices()[0]
-    peak = peak_flops(device, compute_dtype(config.model, device.platform))
 
-    with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(
-            work.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every
-        )
-        state, first_step = restore_or_init(checkpoints, init, mesh, stream, config)
+    def due(step: int) -> bool:
+        every = config.evaluate.every
+        return step in (0, total) or (every is not None and step % every == 0)
+
+    def describe_step(step: int) -> str:
+        return batch_text(describe_batch(setup.stream, prepared.tokenizer, rewinds.batch_number(step - 1)))
+
+    def save_failed(error: SaveFailed, step: int) -> None:
+        if checkpoints.failures >= config.checkpoint.max_failures or step == total:
+            raise error
+        record.say(f"WARNING: {error}; the run goes on and tries again at the next save")
+
+    def save(step: int, held_out_loss: float | None) -> None:
+        record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
+        if not all_finite(items(state)):
+            raise RunFailed(f"step {step} made a parameter NaN or infinite; the checkpoints are from before")
+        try:
+            checkpoints.save(step, items(state), {"data": setup.stream.fingerprint}, held_out_loss)
+        except SaveFailed as error:
+            save_failed(error, step)
+        sections.ledger.saved(step)
+
+    with preemption.leaving_at_once(say):  # nothing would be lost
+        with sections("restore"):
+            state, first_step = setup.restore_or_init(checkpoints, rewinds)
         if hosts.is_first():
             work.save_tokenizer(prepared.tokenizer)
             work.save_config(config)
-        say(describe(state, config, mesh, first_step))
-        step_function = jax.jit(
-            functools.partial(
-                train_step,
-                optimizer=optimizer,
-                schedule=schedule,
-                num_microbatches=config.train.microbatches,
-                z_loss=config.train.z_loss,
-                chunk=config.train.loss_chunk,
-            ),
-            donate_argnames="state",
-        )
-        held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
-        evaluate = evaluation.make_evaluate(mesh, config.evaluate.batch_size, config.train.loss_chunk)
-        record = Record(work, config, shape, peak, mesh.size, first_step)
-
-        def save(step: int, state: TrainState) -> None:
-            record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
-            items = {"parameters": state.parameters, "optimizer": state.optimizer}
-            if not all_finite(items):
-                raise FloatingPointError(
-                    f"step {step} made a parameter NaN or infinite; the checkpoints are from before"
-                )
-            checkpoints.save(step, items, {"data": stream.fingerprint})
-
-        def due(step: int) -> bool:
-            every = config.evaluate.every
-            return step in (0, config.train.steps) or (every is not None and step % every == 0)
-
+        sections.ledger.goes_on_from(first_step)
+        say(describe(state, config, setup.mesh, first_step))
+        say(preemption_budget(work, config, state))
+        with sections("compile"):
+            update = setup.compile(state)
+        record = Record(work, config, setup, first_step, sections, describe_step)
         if due(first_step) and not record.has_evaluation(first_step):
-            record.evaluation(first_step, evaluate(state.parameters, held_out, config.evaluate.subset))
+            with sections("evaluation"):
+                record.evaluation(first_step, evaluate(state.parameters, held_out, config.evaluate.subset))
+
+    while True:
+        step, batches = first_step, setup.batches(first_step, rewinds)
+        sections.enter("step")
         try:
-            for step, batch in zip(
-                range(first_step + 1, config.train.steps + 1), batches(stream, first_step, mesh, rules), strict=False
-            ):
-                state, metrics = step_function(state, batch)
+            for step in range(first_step + 1, total + 1):
+                with sections("data"):
+                    batch = next(batches)
+                if config.checkpoint.recompute_every and step % config.checkpoint.recompute_every == 0:
+                    state, metrics = repeated(update, state, batch, step)
+                else:
+                    state, metrics = update(state, batch)
                 record.training(step, metrics)
-                checkpoints.check()
-                preempted = checkpoints.reached_preemption(step)
+                try:
+                    checkpoints.check()
+                except SaveFailed as error:
+                    save_failed(error, step)
+                preempted = preemption.reached()
+                loss = None
                 # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for
                 # it, and the next start makes up for it.
                 if due(step) and not preempted:
-                    record.flush()
-                    record.evaluation(step, evaluate(state.parameters, held_out, config.evaluate.subset))
-                if preempted or step == config.train.steps or step % config.checkpoint.every == 0:
-                    save(step, state)
+                    with sections("evaluation"):
+                        record.flush()
+                        result = evaluate(
+                            state.parameters, held_out, config.evaluate.subset, proceed=lambda: not preemption.reached()
+                        )
+                    if result is None:
+                        preempted = True
+                    else:
+                        loss = result["all"]["loss"]
+                        record.evaluation(step, result)
+                if preempted or step == total or step % config.checkpoint.every == 0:
+                    with sections("checkpoint"):
+                        save(step, loss)
                 if preempted:
-                    checkpoints.close()
+                    with sections("checkpoint"):
+                        checkpoints.close(verify=False)
                     record.close()
                     say(f"preempted: saved step {step}; the same command goes on from there")
-                    return PREEMPTED
-        except FloatingPointError:
-            checkpoints.close()  # what is being saved is from before
+                    return None
+        except Spike as spike:
+            if len(rewinds.done) == config.spikes.limit:
+                raise RunFailed(f"{spike}: spikes.limit={config.spikes.limit} rewinds have been made") from spike
+            del state
+            with sections("restore"):
+                checkpoints.wait()
+                rewinds.add(go_back(spike.step, checkpoints, config), write=hosts.is_first())
+                state, first_step = setup.restore_or_init(checkpoints, rewinds)
+            sections.ledger.goes_on_from(first_step)
+            record.rewound(rewinds.done[-1])
+            continue
+        except RunFailed:  # as in all processes: what is being saved is from before
+            checkpoints.close(verify=False)
             raise
-        checkpoints.close()
+        except UserError:
+            raise
+        except Exception:
+            record.crashed(step)
+            raise
+        finally:
+            batches.close()
+        with sections("checkpoint"):
+            checkpoints.close()
         record.close()
-        finish(work, config, prepared, state, held_out, evaluate, mesh, as_json)
-    return 0
+        return state
 
 
-def make_stream(config: Config, prepared: Prepared) -> TrainStream:
-    return TrainStream(
-        prepared.train,
-        prepared.weights,
-        sequence_length=config.train.sequence_length,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
+def repeated(update: Callable, state: TrainState, batch: dict, step: int) -> tuple[TrainState, dict]:
+    """The update, made twice: bits that differ, there or between the copies of a parameter, mean failing hardware."""
+    again, _ = update(jax.tree.map(jnp.copy, state), batch)
+    expected = digests(named_leaves(items(again)))
+    del again
+    state, metrics = update(state, batch)
+    arrays = named_leaves(items(state))
+    found = digests(arrays)
+    wrong = [f"{name}: repeated, the update gives other bits" for name in found if found[name] != expected[name]]
+    wrong += replicas.disagreeing(arrays)
+    if wrong:
+        raise RunFailed(
+            f"step {step} was computed wrongly by this hardware, and the checkpoints are from before: "
+            + "; ".join(wrong[:8])
+        )
+    return state, metrics
+
+
+def go_back(spike: int, checkpoints: Checkpoints, config: Config) -> Rewind:
+    """To the newest checkpoint at least rewind_steps before the spike, else to the oldest one, else to the start."""
+    saved = checkpoints.steps()
+    before = [step for step in saved if step <= spike - config.spikes.rewind_steps]
+    to = max(before) if before else min(saved, default=0)
+    return Rewind(spike=spike, to=hosts.first_says(to), batches=config.spikes.rewind_batches)
+
+
+def preemption_budget(work: Workdir, config: Config, state: TrainState) -> str:
+    """Whether a save fits between a preemption notice and the end, by the speed at which the disk takes a sample."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items(state))) / jax.process_count()
+    sample = bytes(min(int(size), PROBE_BYTES))
+    probe = work.path / f"probe-{jax.process_index()}"
+    begin = time.monotonic()
+    with open(probe, "wb") as file:
+        file.write(sample)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = (time.monotonic() - begin) * size / len(sample)
+    probe.unlink()
+    left = config.checkpoint.notice_seconds - SECONDS_TO_NOTICE - seconds
+    text = (
+        f"preemption: of the {config.checkpoint.notice_seconds:.0f} s after SIGTERM, up to {SECONDS_TO_NOTICE:.0f} s "
+        f"pass until it is noticed, and about {seconds:.1f} s go into saving {size / 1e6:,.0f} MB"
     )
-
-
-def require_divisible_batch(config: Config, mesh: jax.sharding.Mesh, rules: Rules) -> None:
-    rows = config.train.batch_size // config.train.microbatches
-    field = "train.batch_size / train.microbatches" if config.train.microbatches > 1 else "train.batch_size"
-    require_divisible(mesh, rules, {field: (rows, "batch")})
-
-
-def restore_or_init(
-    checkpoints: Checkpoints, init, mesh: jax.sharding.Mesh, stream: TrainStream, config: Config
-) -> tuple[TrainState, int]:
-    """The newest intact checkpoint, or the state of step 0. Refuses a checkpoint that was trained on other data."""
-    target = abstract_state(init, mesh)
-    restored = checkpoints.restore({"parameters": target.parameters, "optimizer": target.optimizer})
-    if restored is None:
-        # On CPU most of the time until the first step would be the optimization of code that runs once.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        return jax.jit(init, compiler_options=options)(), 0
-    step, items, meta = restored
-    if meta["data"] != stream.fingerprint and not config.checkpoint.allow_other_data:
-        changed = [
-            f"{key} {meta['data'].get(key)!r} -> {value!r}"
-            for key, value in stream.fingerprint.items()
-            if meta["data"].get(key) != value
-        ]
-        raise UserError(
-            f"the checkpoint of step {step} was trained on other data ({'; '.join(changed)}); restore those data, take "
-            "another --workdir, or go on with the new data by --config.checkpoint.allow_other_data"
-        )
-    if step > config.train.steps:
-        raise UserError(
-            f"train.steps={config.train.steps} is less than the {step} steps in the checkpoint; try {step} or more"
-        )
-    steps_done = jax.device_put(jnp.asarray(step, jnp.int32), replicated(mesh))
-    return TrainState(steps_done, items["parameters"], items["optimizer"]), step
-
-
-def batches(
-    stream: TrainStream, first_step: int, mesh: jax.sharding.Mesh, rules: Rules
-) -> Iterator[dict[str, jax.Array]]:
-    """The batches from the one after first_step updates on, read ahead by a thread."""
-    sharding = jax.NamedSharding(mesh, rules.spec("batch", None))
-
-    def load(step: int) -> dict[str, jax.Array]:
-        def rows(first: int, last: int) -> dict[str, np.ndarray]:
-            batch = stream.batch(step, first, last)
-            return {"tokens": batch.tokens_BU, "segments": batch.segments_BU, "positions": batch.positions_BU}
-
-        return global_rows(rows, stream.batch_size, sharding)
-
-    with concurrent.futures.ThreadPoolExecutor(1, "batches") as executor:
-        ahead = collections.deque(executor.submit(load, first_step + i) for i in range(BATCHES_AHEAD))
-        step = first_step + BATCHES_AHEAD
-        while True:
-            batch = ahead.popleft().result()
-            ahead.append(executor.submit(load, step))
-            step += 1
-            yield batch
+    if left <= 0:
+        return f"WARNING: {text}: that does not fit; use more processes, or save more often"
+    return f"{text}; it fits if a step takes less than {left / 2:.1f} s"
 
 
 def describe(state: TrainState, config: Config, mesh: jax.sharding.Mesh, first_step: int) -> str:
@@ -206,9 +259,11 @@ def describe(state: TrainState, config: Config, mesh: jax.sharding.Mesh, first_s
     )
 
 
-def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: bool) -> None:
-    """Evaluates everything, shows a sample, and says where things lie."""
-    result = {"step": config.train.steps, **evaluate(state.parameters, held_out)}
+def finish(
+    work: Workdir, config: Config, prepared: Prepared, setup: Setup, state: TrainState, measured: dict, as_json: bool
+) -> None:
+    """Writes what the whole held-out text gave, shows a sample, and says where things lie."""
+    result = {"step": config.train.steps, **measured}
     if hosts.is_first():
         work.save_evaluation(result)
     sample = None
@@ -219,13 +274,16 @@ def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: boo
             length = min(length, config.train.sequence_length - 1 - len(prepared.tokenizer.encode([prompt])[0]))
         if length > 0:  # else the prompt takes all positions there are
             sample = prompt + generate(
-                state.parameters, prepared.tokenizer, [prompt], mesh=mesh, sampling=sampling, max_tokens=length, seed=0
+                state.parameters, prepared.tokenizer, [prompt], mesh=setup.mesh, sampling=sampling, max_tokens=length,
+                seed=0,
             )[0]  # fmt: skip
     if not hosts.is_first():
         return
     if as_json:
         print(
-            json.dumps({"workdir": str(work.path), "evaluate": result, "sample": sample}, indent=2, ensure_ascii=False)
+            json.dumps(
+                {"workdir": str(work.path), "evaluate": encode(result), "sample": sample}, indent=2, ensure_ascii=False
+            )
         )
         return
     print(f"\nAll held-out text, step {config.train.steps}:\n{evaluation.table(result)}")
@@ -239,3 +297,7 @@ def finish(work, config, prepared, state, held_out, evaluate, mesh, as_json: boo
         f"{work.path}: metrics.jsonl (the record), checkpoints/, evaluate.json, tokenizer.model, tensorboard/\n"
         f"Try: llm-jax generate --workdir={work.path} --prompt='The'"
     )
+
+
+def silent(text: str) -> None:
+    """What a process other than the first says."""

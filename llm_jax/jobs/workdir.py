@@ -5,10 +5,16 @@ WORKDIR/tokenizer.model    the SentencePiece model
 WORKDIR/metrics.jsonl      the record, one line a step
 WORKDIR/checkpoints/STEP/  what training goes on from
 WORKDIR/evaluate.json      the last full evaluation
+WORKDIR/ledger.jsonl       what the time went into, over all starts
+WORKDIR/incidents/         what was recorded at a spike, a NaN or a crash
+WORKDIR/rewinds.json       where the run went back, and past which batches
+WORKDIR/stacks/            what each thread was doing when the watchdog ended the run
+WORKDIR/lock               held by the process that trains
 WORKDIR/tensorboard/       the record for TensorBoard
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -19,6 +25,7 @@ from llm_jax import config as config_module
 from llm_jax.config import Config, Parallel, UserError
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.jobs.prepare import cache_dir
+from llm_jax.measure import metrics
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, make_mesh
@@ -42,6 +49,11 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluate.json"
+        self.ledger = self.path / "ledger.jsonl"
+        self.incidents = self.path / "incidents"
+        self.rewinds = self.path / "rewinds.json"
+        self.stacks = self.path / "stacks"
+        self._lock = None
 
     def claim(self, config: Config) -> None:
         """Makes the directory that of a run with this config, or checks that it is; UserError with the differences.
@@ -49,6 +61,17 @@ class Workdir:
         Until the run has begun to train, another config may take the place of the first one: a mistake in it costs
         nothing. Afterwards the file is left alone until it is sure that the run goes on: save_config.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"--workdir={self.path} is a file; give a directory") from error
+        self._lock = open(self.path / "lock", "ab")  # held until the process ends, however it ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir={self.path} is being trained by another process; stop that one, or take another --workdir"
+            ) from error
         if self.has_begun() and self.config.exists():
             free = FREE + DATA if config.checkpoint.allow_other_data else FREE
             changed = {
@@ -63,10 +86,6 @@ class Workdir:
                     + "\n".join(lines)
                 )
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise UserError(f"--workdir={self.path} is a file; give a directory") from error
         self.save_config(config)
 
     def has_begun(self) -> bool:
@@ -83,7 +102,7 @@ class Workdir:
         write_atomically(self.config, config_module.dumps(config).encode())
 
     def save_evaluation(self, result: dict) -> None:
-        write_atomically(self.evaluation, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(self.evaluation, (json.dumps(metrics.encode(result), indent=2) + "\n").encode())
 
     def with_own_tokenizer(self, config: Config) -> Config:
         """The config with the tokenizer of the run, if it has begun: not one trained anew on other text, should the
@@ -113,10 +132,10 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def start(config: Config, *, saves_on_sigterm: bool = False) -> None:
-    """Starts JAX as the config says; what it compiles is kept for the next start."""
+def start(config: Config, *, saves_on_sigterm: bool = False, **processes) -> None:
+    """Starts JAX as the config says; what it compiles is kept for the next start. processes: see hosts.start."""
     cache = os.path.join(cache_dir(config.data), "compiled")
-    hosts.start(config.parallel, compilation_cache=cache, saves_on_sigterm=saves_on_sigterm)
+    hosts.start(config.parallel, compilation_cache=cache, saves_on_sigterm=saves_on_sigterm, **processes)
 
 
 def mesh_for_reading(parallel: Parallel) -> jax.sharding.Mesh:
@@ -128,14 +147,26 @@ def mesh_for_reading(parallel: Parallel) -> jax.sharding.Mesh:
 
 
 def restore_parameters(
-    workdir: Workdir, config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, *, step: int | None
+    workdir: Workdir,
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    *,
+    step: int | None,
+    ema: bool = False,
 ) -> tuple[int, Transformer]:
-    """(step, model) of the newest intact checkpoint, or of `step`; only the parameters are read."""
+    """(step, model) of the newest intact checkpoint, or of `step`; only the parameters, or their average, are read."""
+    if ema and config.train.ema_decay is None:
+        raise UserError("--ema: this run keeps no average; train with --config.train.ema_decay=0.999")
+    item = "ema" if ema else "parameters"
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shape = model_shape(config.model, vocab_size=tokenizer.vocab_size, sequence_length=config.train.sequence_length)
-    init = make_init(config.model, shape, optimizer, mesh=mesh, rules=Rules(), seed=config.train.seed)
-    target = abstract_state(init, mesh).parameters
-    restored = Checkpoints(workdir.checkpoints).restore({"parameters": target}, step=step)
+    init = make_init(
+        config.model, shape, optimizer, mesh=mesh, rules=Rules(), seed=config.train.seed, window=config.spikes.window,
+        ema=ema,
+    )  # fmt: skip
+    target = getattr(abstract_state(init, mesh), item)
+    restored = Checkpoints(workdir.checkpoints).restore({item: target}, step=step)
     if restored is None:
         raise UserError(
             f"{workdir.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={workdir.path}` first"
@@ -147,4 +178,4 @@ def restore_parameters(
             f"{tokenizer.sha256[:12]}, not {meta['data']['tokenizer'][:12]}); restore it, or run "
             f"`llm-jax train --workdir={workdir.path}` again"
         )
-    return step, items["parameters"]
+    return step, items[item]

@@ -35,7 +35,7 @@ class MetricsLog:
     def append(self, line: dict) -> None:
         """Writes one line; it is in the file when this returns. Values: numbers (also of numpy or JAX, without
         dimensions), strings, None, and lists and dictionaries of them."""
-        data = (json.dumps(_encode(line), allow_nan=False) + "\n").encode()
+        data = (json.dumps(encode(line), allow_nan=False) + "\n").encode()
         try:
             while data:  # a disk that becomes full takes a part of it, and says so when asked to take the rest
                 data = data[self._file.write(data) :]
@@ -47,7 +47,7 @@ class MetricsLog:
         kept = [line for line in read(self.path) if line.get("step", 0) <= step]
         new = self.path.with_name(self.path.name + ".new")
         with open(new, "wb") as file:
-            file.writelines((json.dumps(_encode(line), allow_nan=False) + "\n").encode() for line in kept)
+            file.writelines((json.dumps(encode(line), allow_nan=False) + "\n").encode() for line in kept)
             file.flush()
             os.fsync(file.fileno())
         self._file.close()
@@ -70,11 +70,11 @@ def read(path: str | os.PathLike) -> list[dict]:
     return records
 
 
-def _encode(value):
+def encode(value):
     if isinstance(value, dict):
-        return {key: _encode(child) for key, child in value.items()}
+        return {key: encode(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(child) for child in value]
+        return [encode(child) for child in value]
     if hasattr(value, "item"):  # a scalar of numpy or JAX
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,29 +1,72 @@
-"""Starting the processes of a run."""
+"""The processes of a run: how they start, know of each other, and leave together."""
 
+import hashlib
+import os
 import signal
 import socket
+import sys
+import threading
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
+import numpy as np
+from jax._src import distributed  # its key-value store has no public name; Orbax uses it by this one, too
+from jax.experimental import multihost_utils
 
-from llm_jax.config import Parallel
+from llm_jax.config import Parallel, UserError
+
+PREEMPTED = 75  # exit code: stopped after a notice, start again
+SECONDS_BETWEEN_POLLS = 0.05
+ALONE = 10**6  # seconds
 
 
-def start(parallel: Parallel, *, compilation_cache: str, saves_on_sigterm: bool) -> None:
+def start(
+    parallel: Parallel,
+    *,
+    compilation_cache: str,
+    saves_on_sigterm: bool,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
     """Configures JAX; call before the first device is touched.
 
     jax.distributed is initialised for a single process, too: it is what receives preemption notices (SIGTERM), so that
     the run can save and stop instead of just dying. A job that does not ask for them still dies (saves_on_sigterm).
+
+    Args:
+      coordinator: HOST:PORT at which process 0 can be reached; given in all num_processes processes or in none
     """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if None in given.values() and set(given.values()) != {None}:
+        missing = " and ".join(f"--{name}" for name, value in given.items() if value is None)
+        raise UserError(f"--coordinator, --num_processes and --process_id belong together; give {missing}, too")
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise UserError(f"--process_id={process_id} must be less than --num_processes={num_processes}")
     if parallel.num_cpu_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", parallel.num_cpu_devices)
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if not jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
+        return
+    on_cpu = jax.config.jax_platforms == "cpu"
+    heartbeat = parallel.heartbeat_seconds or (4 if on_cpu else 60)
+    if coordinator is None:
         jax.config.update("jax_cpu_collectives_implementation", None)  # devices of one process need no sockets
-        jax.distributed.initialize(f"127.0.0.1:{_free_port()}", num_processes=1, process_id=0)
-        if not saves_on_sigterm:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        coordinator, num_processes, process_id = f"127.0.0.1:{_free_port()}", 1, 0
+        heartbeat = ALONE  # a process that is stopped (Ctrl-Z) for a while must not take itself for dead
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=60,
+    )
+    if not saves_on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _free_port() -> int:
@@ -35,3 +78,81 @@ def _free_port() -> int:
 def is_first() -> bool:
     """Whether this process writes what is written once: metrics, tables, the config."""
     return jax.process_index() == 0
+
+
+def first_says(number: int) -> int:
+    """The number that the first process has, in all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def require_same(what: str, text: str) -> None:
+    """Raises UserError in every process if they do not all have the same text."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    other = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if len(other):
+        raise UserError(f"{what}: process {other[0]} was given another one than process 0; give all of them the same")
+
+
+class Preemption:
+    """Preemption notices: SIGTERM to any process of the run reaches all of them, which then stop at the same point.
+
+    JAX's preemption service agrees on a number that no process has come to yet; each counts up and stops there. In the
+    loops that all processes go through in step, `reached` counts. Elsewhere (data, compilation, final evaluation)
+    nothing that could be saved would be lost, and a thread counts: see `leaving_at_once`.
+    """
+
+    def __init__(self):
+        self._count = 0
+
+    def reached(self) -> bool:
+        """Whether to stop here. Every process must call it at the same places."""
+        self._count += 1
+        return multihost_utils.reached_preemption_sync_point(self._count)
+
+    @contextmanager
+    def leaving_at_once(self, say: typing.Callable[[str], None]) -> Iterator[None]:
+        """Within it, a notice ends all processes with exit code 75, whatever they are doing."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(SECONDS_BETWEEN_POLLS):
+                if self.reached():
+                    self._leave(say)
+
+        thread = threading.Thread(target=watch, daemon=True, name="preemption")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if jax.process_count() > 1:
+            self._catch_up(say)
+
+    def _catch_up(self, say: typing.Callable[[str], None]) -> None:
+        """Counts on to where the process is that counted furthest, leaving out no number: it may be the agreed one."""
+        furthest = int(multihost_utils.process_allgather(np.int32(self._count)).max())
+        while self._count < furthest:
+            if self.reached():
+                self._leave(say)
+
+    def _leave(self, say: typing.Callable[[str], None]) -> typing.NoReturn:
+        say("preempted: nothing to save; the same command goes on")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        jax.distributed.shutdown()  # waits for the others: who loses process 0 unawares takes it for a crash
+        os._exit(PREEMPTED)
+
+
+def post(key: str, value: str) -> None:
+    """Lets the other processes know: see posted."""
+    distributed.global_state.client.key_value_set(f"llm_jax/{key}", value, allow_overwrite=True)
+
+
+def posted(directory: str) -> dict[str, str]:
+    """What has been posted under directory/..., by the rest of the key."""
+    pairs = distributed.global_state.client.key_value_dir_get(f"llm_jax/{directory}/")
+    return {key.rpartition("/")[2]: value for key, value in pairs}

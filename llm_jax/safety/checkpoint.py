@@ -5,19 +5,22 @@ DIRECTORY/STEP/ holds one Orbax item per saved tree, a flat dictionary of arrays
 array, and a checksum of itself. Orbax writes into STEP.orbax-checkpoint-tmp and renames it when complete, so a step is
 there as a whole or not at all, however the process ends. TensorStore syncs the files with numbers, Orbax neither the
 small ones nor the rename: what a power failure does to a step is found like any other damage, and the step before it
-is used.
+is used. A thread reads what was saved back from the disk and compares its digests; only then may older steps go.
 
 This is the only file that imports Orbax. Uncompressed, since that saves 4-5 times faster for 8 % more bytes.
 """
 
 import collections
+import errno
 import gc
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +29,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import checkpoint_managers
 
-from llm_jax.config import UserError
+from llm_jax.config import RunFailed, UserError
 from llm_jax.safety.digest import digests
+from llm_jax.safety.verification import DAMAGED, INTACT, Verifier, changed_arrays, few, is_damage, kept, one_line
 
 VERSION = 1  # of the layout described above
 META = "meta"
-OWN_KEYS = ("step", "version", "digests", "shapes", "checksum")
-
-# What the storage or the machine says although the checkpoint may be sound: not a reason to put a checkpoint aside.
-NOT_DAMAGE = (
-    "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED",
-    "Permission denied", "Too many open files", "Cannot allocate memory",
-)  # fmt: skip
-# What the user can mend when a save fails.
-STORAGE_PROBLEMS = (
-    "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "No space left", "File too large", "quota", "Permission denied",
-    "Read-only file system", "Not a directory", "NotADirectoryError",
-)  # fmt: skip
+OWN_KEYS = ("step", "version", "held_out_loss", "digests", "shapes", "checksum")
+SPACE = 1.05  # times the bytes of the arrays must be free before a save: some are left for the record of the run
 
 
 # Orbax also logs each failure, with pages of traceback; here every failure is raised or reported once, in one line.
@@ -58,6 +51,11 @@ def _report_unraisable(unraisable, report=sys.unraisablehook) -> None:
 
 
 sys.unraisablehook = _report_unraisable
+
+
+class SaveFailed(RunFailed):
+    """A checkpoint could not be saved: in one line, why, and the way out. Those before it are intact, what was written
+    of it is removed, and a later save is as good as any: the run may go on."""
 
 
 def named_leaves(tree) -> dict[str, object]:
@@ -78,27 +76,43 @@ def named_leaves(tree) -> dict[str, object]:
 class Checkpoints:
     """The checkpoints of one run. Every process of the run makes the same calls; all see the same directory.
 
-    keep: the newest ones that stay; keep_every: and those of every so many steps. keep=None opens for reading only,
-    which may be done beside a training that writes: nothing is then saved, renamed or removed.
+    keep: the newest ones that stay; keep_every: and those of every so many steps; keep_best: and so many of the lowest
+    held-out loss. The rule counts verified steps only: a thread reads each save back from the disk, in each process its
+    share of the arrays, and until that is done, everything older stays. It is applied by every save, to what is
+    verified by then, and by close, so that one more than `keep` lies there while a run saves. keep=None opens for
+    reading only, which may be done beside a training that writes: nothing is then saved, verified, renamed or removed.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int | None = None, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+    ):
         self.directory = epath.Path(directory).absolute()
+        self.failures = 0  # failed saves since the last complete one
         self._manager = None
-        self._saving = None  # the step of the last save begun
         if keep is None:
             return
-        policies = [checkpoint_managers.LatestN(keep)]
-        if keep_every is not None:
-            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        self._rule = {"newest": keep, "every": keep_every, "best": keep_best}
+        self._losses: dict[int, float | None] = {}
+        self._saving = None  # the step of the save under way
+        self._verifier = Verifier(self._damage_of)
+        self._policy = _AllButDoomed()
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
         registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=self._policy,
+            # Else, where none can be made, threads wait 10 minutes for them, with a copy of the arrays in hand.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+            # It would count along in JAX's preemption service, by steps; parallel/hosts.py counts there, and otherwise.
+            self._manager.reached_preemption = lambda step: False
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.directory}: {error.strerror or error}") from error
 
@@ -111,59 +125,99 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def save(self, step: int, items: dict[str, object], meta: dict) -> None:
+    def save(self, step: int, items: dict[str, object], meta: dict, held_out_loss: float | None = None) -> None:
         """Begins to save trees of arrays and a JSON-able record, and returns once the arrays may be overwritten.
 
-        Waits for the save before, and raises what went wrong with it (see check). A step that is saved already stays as
-        it is; what a killed save left of it is replaced.
+        Waits for the save before, but not for its verification. A step that is saved already stays as it is; what a
+        killed or failed save left is removed. A step that was found damaged is reported and renamed to STEP.bad. A
+        held_out_loss that is NaN or infinite is recorded as unknown. SaveFailed if this save cannot begin, of which the
+        free space is a part, or if the one before has failed: this one is then not begun.
         """
         assert self._manager is not None, "these checkpoints were opened for reading only"
         assert META not in items and not set(OWN_KEYS) & set(meta), (list(items), list(meta))
         self.wait()
+        try:
+            for unverified in self._settle():
+                self._verifier.begin(unverified)
+        except OSError as error:
+            raise self._failed(step, error) from error
         if step in self._manager.all_steps():  # not steps(): all processes must decide alike
             return
         named = {item: named_leaves(tree) for item, tree in items.items()}
+        loss = float(held_out_loss) if held_out_loss is not None and math.isfinite(held_out_loss) else None
         record = json.loads(json.dumps(meta)) | {
             "step": step,
             "version": VERSION,
+            "held_out_loss": loss,
             "digests": {item: digests(arrays) for item, arrays in named.items()},
             "shapes": {item: {name: _shape(a) for name, a in arrays.items()} for item, arrays in named.items()},
         }
         record["checksum"] = _checksum(record)
         arguments = {item: ocp.args.PyTreeSave(arrays) for item, arrays in named.items() if arrays}
         arguments[META] = ocp.args.JsonSave(record)
-        self._saving = step
         try:
+            self._make_room(sum(array.nbytes for arrays in named.values() for array in arrays.values()))
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
         except Exception as error:
-            raise self._save_error(error) from error
+            raise self._failed(step, error) from error
+        self._saving = step
+        self._losses[step] = loss
+        self._verifier.forget(step)
 
     def check(self) -> None:
-        """Raises if the save under way has failed: UserError where the storage is to blame (full, read-only), else
-        RuntimeError. Does not wait; call it every step. The checkpoints before stay intact."""
+        """Raises SaveFailed if the save under way has failed, and begins to verify it if it is complete. Does not wait;
+        call it every step. On several processes, which must agree on it, the next save or close raises instead."""
         # Not CheckpointManager.check_for_errors: it takes the error away from the thread that then deletes old steps.
-        if self._manager is not None and not self._manager.is_saving_in_progress():
+        if self._manager is None or self._saving is None or self._manager.is_saving_in_progress():
+            return
+        if jax.process_count() == 1:
             self.wait()
+        else:
+            self._verifier.begin(self._saving)  # if it has failed, what is found is never asked for
 
     def wait(self) -> None:
-        """Returns when the save under way is complete; raises as check does."""
-        if self._manager is None:
+        """Returns when the save under way is complete, or raises SaveFailed."""
+        if self._manager is None or self._saving is None:
             return
+        failure, step = None, self._saving
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._save_error(error) from error
+            failure = error
+        failed = _gather([failure is not None])
+        if failed.any():
+            failure = failure or RuntimeError(f"process {int(np.argmax(failed))} could not save its part")
+            raise self._failed(step, failure) from failure
+        self._saving, self.failures = None, 0
+        self._verifier.begin(step)
 
-    def close(self) -> None:
-        """Waits, and ends the threads; raises as check does."""
-        if self._manager is not None:
+    def close(self, *, verify: bool = True) -> None:
+        """Waits for the save and the verification, leaves what the rule says, and ends the threads; raises as wait
+        does. verify=False: waits for the save alone, and deletes nothing; for when there is no time."""
+        if self._manager is None:
+            return
+        try:
             self.wait()
+            if verify:
+                unverified, before = None, None
+                while unverified is None or unverified and unverified != before:
+                    for step in unverified or ():
+                        self._verifier.begin(step)
+                    self._verifier.wait()
+                    unverified, before = self._settle(), unverified
+                self._delete_doomed()
+                self._remove_leftovers()
+        finally:
+            self._verifier.close()
             self._manager.close()
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether a process of the run was told to stop (SIGTERM), and this is the step at which all of them save and
-        leave. Call it every step in every process. Always False where jax.distributed is not initialized."""
-        return ocp.multihost.reached_preemption(step)
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of all later steps: the run has gone back to this one. All processes call it."""
+        assert self._manager is not None, "these checkpoints were opened for reading only"
+        self.wait()
+        for later in [saved for saved in self._manager.all_steps() if saved > step]:
+            self._verifier.forget(later)
+            self._manager.delete(later)
 
     def restore(self, targets: dict[str, object], *, step: int | None = None) -> tuple[int, dict, dict] | None:
         """(step, {item: tree}, meta) of the newest intact checkpoint, or of the given step; None if there is none.
@@ -183,6 +237,8 @@ class Checkpoints:
                 return self._nothing_left()
             meta, arrays, damage = self._read(found, wanted)
             if damage is None:
+                if self._manager is not None and wanted.keys() == meta["shapes"].keys():
+                    self._verifier.intact.add(found)
                 trees = {
                     item: jax.tree.unflatten(jax.tree.structure(target), [arrays[item][name] for name in wanted[item]])
                     for item, target in targets.items()
@@ -240,7 +296,7 @@ class Checkpoints:
         for item, leaves in arrays.items():
             found = digests(leaves)
             changed += [f"{item}/{name}" for name in leaves if found[name] != meta["digests"][item][name]]
-        return meta, arrays, f"changed since it was saved: {_few(changed)}" if changed else None
+        return meta, arrays, _changed(changed) if changed else None
 
     def _put_aside(self, step: int, damage: str) -> None:
         directory, done = self.directory / str(step), "passed over"
@@ -261,18 +317,117 @@ class Checkpoints:
         damaged = bad or self.steps()  # steps are still there where nothing is renamed
         if damaged:
             raise UserError(
-                f"every checkpoint in {self.directory} is damaged ({_few(damaged)}); move them away to begin at step 0"
+                f"every checkpoint in {self.directory} is damaged ({few(damaged)}); move them away to begin at step 0"
             )
 
-    def _save_error(self, error: Exception) -> Exception:
+    def _failed(self, step: int, error: Exception) -> SaveFailed:
         assert self._manager is not None
+        self._saving = None
+        self.failures += 1
+        try:
+            self._remove_leftovers()
+        except OSError:  # as on a disk that has become read-only: the next save tries again, and says so
+            pass
         self._manager.reload()
-        reason = _one_line(error)
-        storage = any(problem in _chain(error) for problem in STORAGE_PROBLEMS)
-        return (UserError if storage else RuntimeError)(
-            f"checkpoint of step {self._saving} could not be saved in {self.directory} ({reason}); "
-            f"earlier ones are intact: {self.steps() or 'none'}; free space or mend the storage, and start again"
+        return SaveFailed(
+            f"checkpoint of step {step} could not be saved in {self.directory} ({one_line(error)}); "
+            f"earlier ones are intact: {self.steps() or 'none'}; free some space or mend the storage"
         )
+
+    def _remove_leftovers(self) -> None:
+        """What killed and failed saves have left. Not while a save is under way."""
+        if jax.process_index() == 0:
+            for path in ocp.utils.tmp_checkpoints(self.directory):
+                path.get().rmtree(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        """OSError if arrays of so many bytes do not fit, even without what may be deleted."""
+        self._remove_leftovers()
+        needed = int(SPACE * size)
+        if _gather([_free(self.directory) < needed]).any():
+            self._delete_doomed()
+        if _gather([(free := _free(self.directory)) < needed]).any():
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes of space are needed, {free:,} are free")
+
+    def _delete_doomed(self) -> None:
+        assert self._manager is not None
+        for step in sorted(self._policy.doomed):
+            self._manager.delete(step)
+        self._policy.doomed = set()
+
+    def _settle(self) -> list[int]:
+        """Puts aside what was found damaged, decides what may be deleted, and returns the steps that must be verified
+        before more may be. All processes get the same."""
+        assert self._manager is not None
+        steps = list(self._manager.all_steps())
+        found = _gather([self._verifier.finding(step) for step in steps])
+        for step, findings in zip(steps, found.T, strict=True):
+            if (findings == DAMAGED).any():
+                number = int(np.argmax(findings == DAMAGED))
+                self._put_aside(step, self._verifier.damage(step) or f"as process {number} has found")
+            elif (findings == INTACT).all():
+                self._verifier.intact.add(step)
+        steps = list(self._manager.all_steps())
+        losses = {step: self._loss(step) for step in steps}
+        stay = kept(steps, self._verifier.intact, losses, **self._rule)
+        needed = set()
+        if kept(steps, set(steps), losses, **self._rule) < set(steps):
+            needed = kept(steps, set(steps), losses, **self._rule | {"every": None}) - self._verifier.intact
+        flags = _gather([flag for step in steps for flag in (step in stay, step in needed)])[0].reshape(-1, 2)
+        self._policy.doomed = {step for step, (stays, _) in zip(steps, flags, strict=True) if not stays}
+        return [step for step, (_, is_needed) in zip(steps, flags, strict=True) if is_needed]
+
+    def _loss(self, step: int) -> float | None:
+        if self._rule["best"] is None:
+            return None
+        if step not in self._losses:
+            try:
+                record = _read_meta(self.directory / str(step) / META)
+                self._losses[step] = record.get("held_out_loss")  # not in the records of before this rule
+            except (FileNotFoundError, ValueError, KeyError):  # damaged: told when the step is verified or restored
+                self._losses[step] = None
+        return self._losses[step]
+
+    def _damage_of(self, step: int, stop: threading.Event) -> str | None:
+        """What is damaged in this process's share of a step. For a thread: uses no device and waits for nobody."""
+        directory = self.directory / str(step)
+        try:
+            record = _read_meta(directory / META)
+            changed = changed_arrays(directory, record, stop, part=jax.process_index(), parts=jax.process_count())
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            return one_line(error)
+        return _changed(changed) if changed else None
+
+
+class _AllButDoomed:
+    """Orbax's PreservationPolicy: every process decides by what all have agreed on."""
+
+    def __init__(self):
+        self.doomed: set[int] = set()
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [checkpoint.step not in self.doomed for checkpoint in checkpoints]
+
+
+def _gather(values: list) -> np.ndarray:
+    """int32[processes, values]: a collective, for small non-negative numbers."""
+    mine = np.array(values, np.int32)
+    several = jax.process_count() > 1 and values
+    return multihost_utils.process_allgather(mine) if several else mine[None]
+
+
+def _free(directory: epath.Path) -> float:
+    """Bytes; of a store that is not a file system of this machine there is no end."""
+    if "://" in str(directory):
+        return math.inf
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _changed(names: list[str]) -> str:
+    return f"changed since it was saved: {few(names)}"
 
 
 def _attempt(read, *arguments) -> tuple[object, str | None]:
@@ -284,9 +439,9 @@ def _attempt(read, *arguments) -> tuple[object, str | None]:
     try:
         result = read(*arguments)
     except Exception as error:
-        if isinstance(error, MemoryError) or any(text in _chain(error) for text in NOT_DAMAGE):
+        if not is_damage(error):
             raise
-        damage = _one_line(error)
+        damage = one_line(error)
     finally:
         if damage:
             gc.collect()  # now, while nobody listens
@@ -344,7 +499,7 @@ def _require_same_shapes(directory: epath.Path, saved: dict[str, dict[str, str]]
                 lines["unknown to this model"].append(f"{name} {have[name]}")
             elif have[name] != want[name]:
                 lines["of another shape or type"].append(f"{name} is {have[name]}, not {want[name]}")
-        problems += [f"{item} {kind}: {_few(names)}" for kind, names in lines.items()]
+        problems += [f"{item} {kind}: {few(names)}" for kind, names in lines.items()]
     if problems:
         raise UserError(f"checkpoint {directory} is of another model or optimizer; " + "; ".join(problems))
 
@@ -366,20 +521,3 @@ def _structs(shapes: dict[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
 def _checksum(record: dict) -> str:
     rest = {key: value for key, value in record.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _chain(error: BaseException | None) -> str:
-    """The names and texts of an error and its causes."""
-    return f"{type(error).__name__}: {error} {_chain(error.__cause__)}" if error is not None else ""
-
-
-def _one_line(error: BaseException) -> str:
-    """The first cause; the beginning and the end of it, where TensorStore puts what failed and why."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-190:]}"
-
-
-def _few(names: list) -> str:
-    return ", ".join(map(str, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -7,13 +7,16 @@ from llm_jax import config
 from llm_jax.training.schedule import make_schedule
 
 
-def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW, Adafactor, Lion or SGD with decoupled weight decay on matrices only.
+
+    update(gradient, state, parameters, step=...) takes the number of batches before this one, which gives the learning
+    rate: an update that was skipped counts there, and in no moment.
 
     AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101. Adafactor: Shazeer & Stern 2018, arXiv:1804.04235 (no momentum
     and no parameter scaling: the learning rate is the schedule's). Lion: Chen et al. 2023, arXiv:2302.06675.
     """
-    o, schedule = optimizer, make_schedule(optimizer, total_steps)
+    o = optimizer
     if o.name == "adamw":
         scale = optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=o.epsilon)
     elif o.name == "adafactor":
@@ -24,7 +27,17 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
         scale = optax.trace(decay=o.beta1)
     clip = optax.identity() if o.clip_norm is None else optax.clip_by_global_norm(o.clip_norm)
     decay = optax.add_decayed_weights(o.weight_decay, mask=is_matrix)
-    return optax.chain(clip, scale, decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(clip, scale, decay, _scale_by_schedule(make_schedule(o, total_steps)))
+
+
+def _scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """As optax.scale_by_learning_rate, which would count its own updates instead of taking `step`."""
+
+    def update(updates, state, params=None, *, step, **_):
+        rate = schedule(step)
+        return jax.tree.map(lambda update: -rate * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def is_matrix(parameters):

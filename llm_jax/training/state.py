@@ -10,14 +10,17 @@ import optax
 from llm_jax import config
 from llm_jax.model.transformer import Shape, Transformer
 from llm_jax.parallel.sharding import Rules, require_divisible, shards_parameters
+from llm_jax.training import spikes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: jax.Array  # int32: updates finished
+    step: jax.Array  # int32: batches taken, which are the updates finished but for those skipped
     parameters: Transformer  # float32
     optimizer: optax.OptState
+    ema: Transformer | None  # float32, sharded as the parameters: their exponential moving average; None: not kept
+    history: spikes.History
 
 
 def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -> Shape:
@@ -61,8 +64,12 @@ def make_init(
     mesh: jax.sharding.Mesh,
     rules: Rules,
     seed: int,
+    window: int,
+    ema: bool,
 ):
     """A function of nothing that makes the state of step 0 in its sharding; jit it, or eval_shape it for its types.
+
+    window: config.Spikes.window; ema: whether an average of the parameters is kept. It starts at the first ones.
 
     Raises UserError if a dimension does not divide by its shards.
     """
@@ -88,7 +95,13 @@ def make_init(
 
     def init() -> TrainState:
         parameters = make_model(key=jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            parameters=parameters,
+            optimizer=optimizer.init(parameters),
+            ema=parameters if ema else None,  # under jit, in memory of its own
+            history=spikes.empty(window),
+        )
 
     return init
 

@@ -3,10 +3,13 @@
 A microbatch, B batch, U = T + 1 tokens of a row, L layers
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.training import spikes
 from llm_jax.training.losses import Batch, loss_sums
 from llm_jax.training.state import TrainState
 
@@ -15,18 +18,25 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     num_microbatches: int,
     z_loss: float,
     chunk: int | None,
+    skip: bool,
+    threshold: float,
+    ema_decay: float | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one update, and what happened.
 
     Loss and gradient are means over the targets of the whole batch, however it is cut into microbatches. Metrics, all
     of the parameters before the update: loss (nats per token), tokens (targets), grad_norm (before clipping),
-    learning_rate, gradient_norms: a tree like the parameters with a norm per layer of each, and batch: a digest of the
-    tokens.
+    learning_rate, gradient_norms and parameter_norms: trees like the parameters with a norm per layer of each, batch: a
+    digest of the tokens, spike (see spikes.spike, with its threshold), and skipped.
+
+    With `skip`, an update that spikes, or whose loss or gradient norm is not finite, is left out: state.step counts its
+    batch, all else keeps its bits. Without, it is made, and the history follows where the loss goes for good. With ema_decay, the average
+    follows the parameters (Polyak & Juditsky 1992): ema += (1 - ema_decay) * (parameters - ema).
     """
 
     def sums(batch):
@@ -47,18 +57,39 @@ def train_step(
     num_tokens = jnp.maximum(counts["tokens"], 1)
     gradient = jax.tree.map(lambda leaf: leaf / num_tokens, gradient)
 
+    loss, grad_norm = counts["nll"] / num_tokens, optax.tree.norm(gradient)
+    spike = spikes.spike(state.history, loss, grad_norm, threshold)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    skipped = (spike | ~finite) & skip
+
     with jax.named_scope("optimizer"):
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters, step=state.step)
         parameters = optax.apply_updates(state.parameters, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda mean, new: mean + (1 - ema_decay) * (new - mean), ema, parameters)
+    after = TrainState(
+        step=state.step + 1,
+        parameters=parameters,
+        optimizer=optimizer_state,
+        ema=ema,
+        history=spikes.accept(state.history, loss, grad_norm, finite),
+    )
+    if skip:
+        before = dataclasses.replace(state, step=after.step)
+        after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, after)
     metrics = {
-        "loss": counts["nll"] / num_tokens,
+        "loss": loss,
         "tokens": counts["tokens"],
-        "grad_norm": optax.tree.norm(gradient),
+        "grad_norm": grad_norm,
         "learning_rate": schedule(state.step),
         "gradient_norms": layer_norms(gradient),
+        "parameter_norms": layer_norms(state.parameters),
         "batch": batch_digest(batch["tokens"]),
+        "spike": spike,
+        "skipped": skipped,
     }
-    return TrainState(state.step + 1, parameters, optimizer_state), metrics
+    return after, metrics
 
 
 def batch_digest(tokens_BU: jax.Array) -> jax.Array:

@@ -1,0 +1,78 @@
+"""`llm-jax train` as several processes of this machine, as several hosts would run it."""
+
+import pathlib
+import socket
+import subprocess
+from collections.abc import Callable
+
+from conftest import ROOT, Tiny
+
+SECONDS_BETWEEN_LOOKS = 0.002
+SECONDS_TO_END = 60  # a bound for loaded machines; without our doing, it would be 98 to 301 s
+
+
+class Processes:
+    """One run of num_processes processes with a device each; what process i prints goes to folder/i.txt."""
+
+    def __init__(
+        self, tiny: Tiny, workdir: pathlib.Path, folder: pathlib.Path, num_processes: int, *flags: str,
+        environment: dict | None = None, programs: dict[int, str] | None = None,
+    ):  # fmt: skip
+        """programs: Python code that a process runs first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        self.outputs = [folder / f"{process}.txt" for process in range(num_processes)]
+        self.processes = []
+        for process, output in enumerate(self.outputs):
+            many = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}", f"--process_id={process}"]
+            command = tiny.command("train", workdir, *(many if num_processes > 1 else []), *flags)
+            if programs and process in programs:
+                program = f"{programs[process]}\nfrom llm_jax.cli import entry\nentry()"
+                command = [command[0], "-c", program, *command[3:]]
+            with open(output, "wb") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=(environment or tiny.environment) | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"},
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                    )
+                )
+
+    def text(self, process: int = 0) -> str:
+        return self.outputs[process].read_text(errors="replace")
+
+    def wait_until(self, reached: Callable[[], bool], what: str) -> None:
+        """Until it is true; none of the processes may end before."""
+        while not reached():
+            for process, running in enumerate(self.processes):
+                try:
+                    code = running.wait(SECONDS_BETWEEN_LOOKS)
+                except subprocess.TimeoutExpired:
+                    continue
+                assert reached(), f"process {process} ended with {code} before {what}:\n{self.text(process)}"
+                return
+
+    def wait_for(self, text: str) -> None:
+        """Until process 0 has printed it."""
+        self.wait_until(lambda: text in self.text(), text)
+
+    def wait(self, but: int | None = None) -> list[int | None]:
+        """The exit codes of all, or of all but one."""
+        return [
+            running.wait(SECONDS_TO_END) if process != but else running.poll()
+            for process, running in enumerate(self.processes)
+        ]
+
+    def kill(self) -> None:
+        for running in self.processes:
+            running.kill()
+            running.wait()
+
+    def wait_for_the_end(self) -> list[int | None]:
+        """However long the run takes; the exit codes."""
+        return [running.wait() for running in self.processes]
