@@ -127,12 +127,9 @@ VERBS = {
             Flag("steps", "integer", "how far the runs are compared", {"lower_bound": 3}, 20),
             Flag("kills", "integer", "by SIGKILL, at random steps", {"lower_bound": 1}, 2),
             Flag("seed", "integer", "of those steps", {"lower_bound": 0}, 0),
-            Flag(
-                "other_devices",
-                "integer",
-                "for runs on CPU: go on on so many simulated ones, too",
-                {"lower_bound": 1},
-            ),
+            Flag("processes", "integer", "of the killed runs, on this machine", {"lower_bound": 1}, 1),
+            Flag("mesh", "string", "go on with these axes, too, such as fsdp=4,tensor=2"),
+            Flag("other_devices", "integer", "of that mesh, simulated; for runs on CPU", {"lower_bound": 1}),
         ),
     ),
     "inspect batch": Verb(
@@ -380,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         if stdout_is_closed():
             return BROKEN_PIPE
         return report_crash(argv)
-    except Exception:
+    except (Exception, SystemExit):  # nobody but entry ends the process
         return report_crash(argv)
 
 

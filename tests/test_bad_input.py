@@ -224,20 +224,38 @@ def on_disk(workdir: Path, disk: Path, mount) -> Path:
 
 
 def test_full_disk(half, trained, tiny, small_disk):
-    """While it trains: the checkpoints of before stay, and with some space the same command goes on as ever."""
+    """Saves that fail are told and tried again; then the run ends. The checkpoints of before stay, and with some space
+    the same command goes on as ever."""
     disk, mount = small_disk
-    workdir = on_disk(half, disk, mount)
-    used = sum(path.stat().st_blocks for path in workdir.rglob("*")) * 512
+    saved = on_disk(half / "checkpoints", disk, mount)
+    shutil.rmtree(half / "checkpoints")
+    (half / "checkpoints").symlink_to(saved)
+    used = sum(path.stat().st_blocks for path in saved.rglob("*")) * 512
     assert mount(f"remount,size={used + 200_000}").returncode == 0
-    done = tiny.run("train", workdir)
-    (message,) = messages_of(done.returncode, done.stderr)
-    assert str(workdir) in message and "space" in message
-    assert (workdir / "checkpoints" / "16").exists()
+    done = tiny.run("train", half)
+    assert done.returncode == 70 and "Traceback" not in done.stderr, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
+    assert "checkpoint of step 20 could not be saved" in warning and "the run goes on" in warning
+    assert done.stderr.splitlines()[-1].startswith("llm-jax: stopped (exit code 70): checkpoint of step 24 could not")
+    assert (saved / "16").exists()
     mount("remount,size=64m")
-    done = tiny.run("train", workdir)
+    done = tiny.run("train", half)
     assert done.returncode == 0, done.stderr
-    assert curve(workdir) == curve(trained)
-    assert (workdir / "evaluate.json").read_bytes() == (trained / "evaluate.json").read_bytes()
+    assert curve(half) == curve(trained)
+    assert (half / "evaluate.json").read_bytes() == (trained / "evaluate.json").read_bytes()
+
+
+def test_saves_that_fail_in_a_row_end_the_run(half, tiny, small_disk):
+    disk, mount = small_disk
+    saved = on_disk(half / "checkpoints", disk, mount)
+    shutil.rmtree(half / "checkpoints")
+    (half / "checkpoints").symlink_to(saved)
+    used = sum(path.stat().st_blocks for path in saved.rglob("*")) * 512
+    assert mount(f"remount,size={used + 200_000}").returncode == 0
+    done = tiny.run("train", half, "--config.checkpoint.every=1", "--config.checkpoint.max_failures=2")
+    assert done.returncode == 70, done.stderr
+    assert "WARNING: checkpoint of step 17" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("llm-jax: stopped (exit code 70): checkpoint of step 18 could not")
 
 
 def test_full_disk_below_the_cache(refused, tiny, small_disk, tmp_path):
@@ -278,7 +296,8 @@ def test_largest_file_size(half, trained, tiny):
     limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
     command = [sys.executable, "-c", limit + "os.execv(sys.argv[1], sys.argv[1:])", *tiny.command("train", half)]
     done = subprocess.run(command, cwd=ROOT, env=tiny.environment, capture_output=True, text=True)
-    (message,) = messages_of(done.returncode, done.stderr)
+    assert done.returncode == 70 and "Traceback" not in done.stderr, done.stderr
+    message = done.stderr.splitlines()[-1]
     assert str(half) in message and "File too large" in message
     assert {path.name for path in (half / "checkpoints").iterdir() if path.name.isdigit()} == {"16"}
 

@@ -530,10 +530,6 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
 
 
-def test_no_preemption_without_distributed(tmp_path):
-    assert not Checkpoints(tmp_path, keep=1).reached_preemption(3)
-
-
 TWO_PROCESSES = """
 import os, signal, sys
 import jax
@@ -545,6 +541,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=process, initial
 import jax.numpy as jnp, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
+from llm_jax.parallel import hosts
 from llm_jax.safety.checkpoint import Checkpoints
 
 def state(seed):
@@ -569,8 +566,8 @@ with jax.set_mesh(jax.make_mesh((8,), ("fsdp",))):
     checkpoints.save(3, restored, {"position": 33})
     if process == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    step = 4
-    while not checkpoints.reached_preemption(step):
+    preemption, step = hosts.Preemption(), 4
+    while not preemption.reached():
         step += 1
     same = multihost_utils.process_allgather(np.int32(step))
     assert same[0] == same[1] == step, same

@@ -258,6 +258,7 @@ def test_evaluate_and_generate_take_the_workdir_alone(jobs, started):
         "top_p": None,
         "seed": 0,
         "step": None,
+        "ema": False,
         "stream": False,
         "as_json": False,
     }

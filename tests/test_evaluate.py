@@ -191,6 +191,21 @@ def copy(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copy")
 
 
+def test_it_can_be_given_up_before_every_batch(config, trained, tokenizer, held_out):
+    mesh = make_mesh(Parallel(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        _, model = restore_parameters(Workdir(trained), config, tokenizer, mesh, step=None)
+        evaluate = make_evaluate(mesh, 4, None)
+        whole = evaluate(model, held_out, 10)
+        asked = []
+        assert evaluate(model, held_out, 10, proceed=lambda: asked.append(None) is None) == whole
+        assert len(asked) == 2 * 3  # sources, batches of 4 of 10 rows
+        for last in (1, 3, 6):
+            asked.clear()
+            assert evaluate(model, held_out, 10, proceed=lambda last=last: asked.append(0) or len(asked) < last) is None
+            assert len(asked) == last
+
+
 def test_command(copy, trained, tiny):
     """In a process of its own, on the run's one device: the same numbers to the last bit, as a table or as JSON."""
     expected = json.loads((trained / "evaluate.json").read_text())
@@ -206,6 +221,21 @@ def test_command(copy, trained, tiny):
     assert [line.split()[0] for line in lines] == ["held-out", "tiny", "other", "all"]
     for line, measured in zip(lines[1:], [*result["sources"].values(), result["all"]], strict=True):
         assert f"{measured['loss']:.4f}" in line and f"{measured['tokens']:,}" in line
+
+
+@pytest.mark.soak
+def test_the_average_of_the_parameters(copy, tiny, tmp_path):
+    """Kept, saved and evaluated if asked for."""
+    done = tiny.run("evaluate", copy, "--ema")
+    assert done.returncode == 78 and "this run keeps no average" in done.stderr
+    flags = ("--config.train.ema_decay=0.9", "--config.train.steps=12", "--config.log.sample_prompt=none")
+    assert tiny.run("train", tmp_path / "run", *flags).returncode == 0
+    plain, average = (
+        json.loads(tiny.run("evaluate", tmp_path / "run", "--json", *flag).stdout)["all"] for flag in ([], ["--ema"])
+    )
+    # While the loss falls fast, the average of the last steps is behind.
+    assert average["tokens"] == plain["tokens"] and average["loss"] > plain["loss"]
+    assert tiny.run("generate", tmp_path / "run", "--prompt=The", "--ema", "--max_tokens=4").returncode == 0
 
 
 def test_other_text_with_the_tokenizer_of_the_run(copy, tiny, tokenizer, tmp_path, monkeypatch, capsys):

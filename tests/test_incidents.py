@@ -63,6 +63,7 @@ def test_rewind_goes_back_and_past_the_batches(rewound, trained, tiny, tmp_path)
     assert shown[0] == shown[1] and "row 7" in shown[0]
 
 
+@pytest.mark.soak
 def test_a_kill_between_rewind_and_removal(rewound, tiny, tmp_path):
     """Checkpoints of the path that was left are removed by the next start."""
     copy = shutil.copytree(rewound, tmp_path / "copy")
@@ -93,6 +94,7 @@ def test_skip_leaves_the_update_out(trained, tiny, tmp_path):
     assert batch.count("row ") == 8
 
 
+@pytest.mark.soak
 def test_spikes_are_limited(tiny, tmp_path):
     """The 2nd of spikes.limit=1 ends the run with a line and exit code 70."""
     program = PLANTED.replace("number == 15", "number in (15, 17)")
@@ -131,6 +133,7 @@ record.Record.training = fail
     assert batch.count("row ") == 8
 
 
+@pytest.mark.soak
 def test_hardware_that_computes_wrongly_is_noticed(tiny, tmp_path):
     """An update repeated gives the same bits; here, a stand-in for a device gives others at the second time."""
     flags = (*FLAGS, "--config.checkpoint.recompute_every=5", "--config.parallel.num_cpu_devices=2")

@@ -11,6 +11,8 @@ import pytest
 from processes import Processes
 from test_train import curve, record
 
+from llm_jax.measure.goodput import summarize
+
 SEED = 1
 # How long after it has been seen to begin, in seconds at most, a thing is killed: inside of it, or a little behind.
 MOMENTS = {"start": 2.0, "prepare": 1.5, "compile": 1.5, "step": 0.05, "save": 0.05, "evaluation": 0.1, "end": 1.0}
@@ -48,15 +50,13 @@ def kill_one(running: Processes, workdir, kind: str, step: int, delay: float, vi
 
 def moments(count: int, chance: random.Random) -> list[tuple[str, int, float]]:
     """(what to be in, from which step on, how long to stay) of each kill, in the order in which a run comes by."""
-    at_ends = [("start", 0), ("prepare", 0), ("compile", 0), ("end", STEPS)]
-    if count < 4:
-        between, at_ends = count, []
-    else:
-        between = count - 4
-    kinds = [chance.choice(["step", "save", "evaluation"]) for _ in range(between)]
-    steps = sorted(chance.randint(1, STEPS - 2) for _ in kinds)
-    inside = [(kind, s // 8 * 8 + 7 if kind == "evaluation" else s) for kind, s in zip(kinds, steps, strict=True)]
-    return [(kind, s, chance.uniform(0, MOMENTS[kind])) for kind, s in [*at_ends[:3], *inside, *at_ends[3:]]]
+    ends = [("start", 0), ("prepare", 0), ("compile", 0), ("end", STEPS)] if count >= 4 else []
+    inside = []
+    for _ in range(count - len(ends)):
+        kind, step = chance.choice(["step", "save", "evaluation"]), chance.randint(1, STEPS - 2)
+        inside.append((kind, step // 8 * 8 + 7 if kind == "evaluation" else step))
+    inside.sort(key=lambda moment: moment[1])
+    return [(kind, step, chance.uniform(0, MOMENTS[kind])) for kind, step in [*ends[:3], *inside, *ends[3:]]]
 
 
 def share(kills: int, num_processes: int) -> int:
@@ -65,7 +65,10 @@ def share(kills: int, num_processes: int) -> int:
     return many.get(num_processes) or kills - sum(many.values())
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.kill
+@pytest.mark.parametrize(
+    "num_processes", [1, pytest.param(2, marks=pytest.mark.soak), pytest.param(4, marks=pytest.mark.soak)]
+)
 def test_killed_runs_end_as_if_nothing_had_happened(num_processes, trained, tiny, tmp_path, request):
     """One of the processes is killed, all end, and the same command goes on."""
     count = share(request.config.getoption("--kills"), num_processes)
@@ -91,7 +94,14 @@ def test_killed_runs_end_as_if_nothing_had_happened(num_processes, trained, tiny
     assert record(workdir, "evaluate") == record(undisturbed, "evaluate")
     assert (workdir / "evaluate.json").read_bytes() == (undisturbed / "evaluate.json").read_bytes()
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"16", "20", "24"}
+    result = summarize(workdir / "ledger.jsonl")
+    assert sum(result["seconds"].values()) + result["lost"] + result["downtime"] == pytest.approx(
+        result["wall"], rel=0.02
+    )
+    assert 1 <= result["starts"] <= count + 1 and result["downtime"] > 0
     left = {path.name for path in workdir.iterdir()} - {path.name for path in trained.iterdir()}
+    if num_processes > 1:
+        left.discard("incidents")  # to those who lose a process, that is a crash
     assert not left, "left behind by killed processes"
 
 

@@ -13,6 +13,7 @@ NO_SAMPLE = "--config.log.sample_prompt=none"
 LONG = ("--config.train.steps=1000000", "--config.optimizer.schedule=constant", NO_SAMPLE)
 
 
+@pytest.mark.soak
 def test_another_number_of_processes_goes_on_as_one(trained, tiny, tmp_path):
     """From the checkpoint of one process: two processes take the same batches, and lose 1e-6 of the loss at most."""
     flags = ("--config.train.steps=32", NO_SAMPLE)
@@ -50,6 +51,7 @@ def test_a_notice_to_one_stops_all_at_the_same_step(tiny, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(saved)]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("moment", ["training a unigram tokenizer", "model: "])  # in prepare; in the first compilation
 def test_a_notice_before_the_first_step_ends_all(moment, tiny, tmp_path):
     cache = tmp_path / "cache"  # with nothing prepared and nothing compiled
@@ -61,6 +63,7 @@ def test_a_notice_before_the_first_step_ends_all(moment, tiny, tmp_path):
     assert not record(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").exists() else True
 
 
+@pytest.mark.soak
 def test_a_notice_during_an_evaluation(tiny, tmp_path):
     """It is given up, what has been trained is saved, and the next start evaluates."""
     flags = (*LONG, "--config.evaluate.batch_size=1", "--config.checkpoint.every=1000000")
@@ -86,7 +89,11 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     "fault, num_processes, victim",
-    [("killed", 4, 2), ("stopped", 4, 2), ("killed", 2, 0), ("raises", 2, 1), ("exits", 2, 1), ("exits at once", 2, 1)],
+    [("killed", 2, 0)]
+    + [
+        pytest.param(*case, marks=pytest.mark.soak)
+        for case in [("killed", 4, 2), ("stopped", 4, 2), ("raises", 2, 1), ("exits", 2, 1), ("exits at once", 2, 1)]
+    ],
 )
 def test_one_fault_ends_all(fault, num_processes, victim, tiny, tmp_path):
     """The default would be to wait for minutes. One that was stopped ends when it is continued."""
@@ -119,6 +126,27 @@ hosts.Preemption.reached = fail
         assert set(others) == {70}, codes  # one clear message, not an abort
 
 
+def test_a_hang_ends_the_run_and_tells_where(tiny, tmp_path):
+    """By the watchdog; the main thread waits for ever in its 6th step."""
+    program = """
+import threading
+import llm_jax.jobs.record as record
+training = record.Record.training
+def wait_for_ever(self, step, metrics):
+    if step == 6:
+        threading.Event().wait()
+    training(self, step, metrics)
+record.Record.training = wait_for_ever
+"""
+    flags = (*LONG, "--config.watchdog.step=1")
+    running = Processes(tiny, tmp_path / "run", tmp_path / "out", 1, *flags, programs={0: program})
+    assert running.wait_for_the_end() == [70], running.text()
+    assert "no progress in section 'step'" in running.text()
+    (stacks,) = (tmp_path / "run" / "stacks").iterdir()
+    assert "in wait_for_ever" in stacks.read_text() and str(stacks) in running.text()
+
+
+@pytest.mark.soak
 def test_different_configs_are_refused(tiny, tmp_path):
     """Each process was started by somebody's script."""
     program = "import sys; sys.argv.append('--config.optimizer.peak_learning_rate=1')"

@@ -27,6 +27,23 @@ def test_a_certificate(tiny, tmp_path):
     assert again.returncode == 78 and "is not empty" in again.stderr
 
 
+@pytest.mark.soak
+def test_a_certificate_for_several_processes_and_another_mesh(tiny, tmp_path):
+    flags = ("--steps=6", "--kills=1", "--processes=2", "--mesh=fsdp=2,tensor=2", "--other_devices=4")
+    done = tiny.run("verify-resume", tmp_path / "certificate", *flags)
+    assert done.returncode == 0, done.stderr
+    certificate = json.loads((tmp_path / "certificate" / "certificate.json").read_text())
+    assert certificate["processes"] == 2 and certificate["same_mesh"]["largest_relative_difference"] == 0
+    assert certificate["other_mesh"]["resumed_from"] and certificate["other_mesh"]["holds"]
+    assert "as {'fsdp': 2, 'tensor': 2}" in (tmp_path / "certificate" / "other_mesh" / "output.txt").read_text()
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "fsdp=0", "rows=2", "fsdp=2,,"])
+def test_a_mesh_that_is_none(mesh, tiny, tmp_path):
+    done = tiny.run("verify-resume", tmp_path / "certificate", f"--mesh={mesh}")
+    assert done.returncode == 78 and f"--mesh={mesh}: " in done.stderr
+
+
 @pytest.fixture
 def pair(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")

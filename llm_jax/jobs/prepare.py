@@ -123,7 +123,7 @@ def make_tokenizer(config: Config, train: dict[str, Documents], cache: str, say:
     path = os.path.join(cache, "tokenizers", f"{fingerprint[:16]}.model")
     if os.path.exists(path):
         return load_tokenizer(path)
-    with sources.locked(f"{path}.lock"):
+    with sources.locked(os.path.join(cache, "tokenizers.lock")):
         if os.path.exists(path):  # another process has trained it while this one waited
             return load_tokenizer(path)
         shares = [settings.train_bytes * weight / sum(weights) for weight in weights]

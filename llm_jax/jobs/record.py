@@ -46,8 +46,7 @@ class Record:
         describe_batch: Callable[[int], str],
     ):
         """describe_batch: the texts that made an update, for an incident."""
-        shape, device = setup.shape, jax.local_devices()[0]
-        peak = peak_flops(device, compute_dtype(config.model, device.platform))
+        shape = setup.shape
         self.work = work
         self.config = config
         self.sections = sections
@@ -69,10 +68,13 @@ class Record:
             sequence_length=config.train.sequence_length,
             causal=True,
         )
-        self.peak_flops = peak.value * setup.mesh.size
-        self.say(
-            f"MFU counts causal attention, against {self.peak_flops / 1e12:.3g} TFLOP/s of all devices; {peak.source}"
-        )
+        self.peak_flops = math.nan  # of the first process, which reports
+        if hosts.is_first():
+            device = jax.local_devices()[0]
+            peak = peak_flops(device, compute_dtype(config.model, device.platform))
+            self.peak_flops = peak.value * setup.mesh.size
+            total = f"{self.peak_flops / 1e12:.3g} TFLOP/s"
+            self.say(f"MFU counts causal attention, against {total} of all devices; {peak.source}")
         self.tokens_per_step = config.train.batch_size * config.train.sequence_length
 
     def _begin(self, step: int) -> None:

@@ -3,13 +3,14 @@
 The same command goes on where an earlier start of it stopped, and does nothing but report if it is finished.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -56,21 +57,20 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
     limits = dataclasses.asdict(config.watchdog)
     limits |= {"restore": limits["start"], "data": limits["step"], "finish": limits["evaluation"]}
     watchdog = Watchdog(limits, work.stacks, jax.process_index())
-    sections = Sections(ledger, watchdog, say)
-
-    with sections("prepare"), preemption.leaving_at_once(say):
-        prepared = prepare(work.with_own_tokenizer(config), say=say)
-    say(table(summary(prepared)))
-    setup = Setup(config, prepared)
-    held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
-    evaluate = make_evaluate(setup.mesh, config.evaluate.batch_size, config.train.loss_chunk)
-    with jax.set_mesh(setup.mesh):
-        state = train(work, config, prepared, setup, held_out, evaluate, sections, preemption, say)
-        if state is not None:
+    with contextlib.closing(Sections(ledger, watchdog, say)) as sections:
+        with sections("prepare"), preemption.leaving_at_once(say):
+            prepared = prepare(work.with_own_tokenizer(config), say=say)
+        say(table(summary(prepared)))
+        setup = Setup(config, prepared)
+        held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
+        evaluate = make_evaluate(setup.mesh, config.evaluate.batch_size, config.train.loss_chunk)
+        with jax.set_mesh(setup.mesh):
+            state = train(work, config, prepared, setup, held_out, evaluate, sections, preemption, say)
+            if state is None:
+                return hosts.PREEMPTED
             with sections("finish"), preemption.leaving_at_once(say):
                 finish(work, config, prepared, setup, state, evaluate(state.parameters, held_out), as_json)
-    sections.close()
-    return 0 if state is not None else hosts.PREEMPTED
+    return 0
 
 
 def train(
@@ -101,19 +101,21 @@ def train(
     def describe_step(step: int) -> str:
         return batch_text(describe_batch(setup.stream, prepared.tokenizer, rewinds.batch_number(step - 1)))
 
-    def save_failed(error: SaveFailed, step: int) -> None:
-        if checkpoints.failures >= config.checkpoint.max_failures or step == total:
-            raise error
-        record.say(f"WARNING: {error}; the run goes on and tries again at the next save")
+    @contextlib.contextmanager
+    def may_fail(*, last: bool = False) -> Iterator[None]:
+        """Tells of a save that failed; but for the last one, and some in a row, the next one may do."""
+        try:
+            yield
+        except SaveFailed as error:
+            if last or checkpoints.failures >= config.checkpoint.max_failures:
+                raise
+            record.say(f"WARNING: {error}; the run goes on and tries again at the next save")
 
     def save(step: int, held_out_loss: float | None) -> None:
         record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
         if not all_finite(items(state)):
             raise RunFailed(f"step {step} made a parameter NaN or infinite; the checkpoints are from before")
-        try:
-            checkpoints.save(step, items(state), {"data": setup.stream.fingerprint}, held_out_loss)
-        except SaveFailed as error:
-            save_failed(error, step)
+        checkpoints.save(step, items(state), {"data": setup.stream.fingerprint}, held_out_loss)
         sections.ledger.saved(step)
 
     with preemption.leaving_at_once(say):  # nothing would be lost
@@ -127,6 +129,8 @@ def train(
         say(preemption_budget(work, config, state))
         with sections("compile"):
             update = setup.compile(state)
+            all_finite(items(state))  # and what a save needs: after a notice there is no time to compile it
+            digests(named_leaves(items(state)))
         record = Record(work, config, setup, first_step, sections, describe_step)
         if due(first_step) and not record.has_evaluation(first_step):
             with sections("evaluation"):
@@ -144,10 +148,8 @@ def train(
                 else:
                     state, metrics = update(state, batch)
                 record.training(step, metrics)
-                try:
+                with may_fail():
                     checkpoints.check()
-                except SaveFailed as error:
-                    save_failed(error, step)
                 preempted = preemption.reached()
                 loss = None
                 # Before the checkpoint: a run that goes on from it has this line. After a notice there is no time for
@@ -163,8 +165,9 @@ def train(
                     else:
                         loss = result["all"]["loss"]
                         record.evaluation(step, result)
-                if preempted or step == total or step % config.checkpoint.every == 0:
-                    with sections("checkpoint"):
+                last = preempted or step == total
+                if last or step % config.checkpoint.every == 0:
+                    with sections("checkpoint"), may_fail(last=last):
                         save(step, loss)
                 if preempted:
                     with sections("checkpoint"):
@@ -177,7 +180,8 @@ def train(
                 raise RunFailed(f"{spike}: spikes.limit={config.spikes.limit} rewinds have been made") from spike
             del state
             with sections("restore"):
-                checkpoints.wait()
+                with may_fail():
+                    checkpoints.wait()
                 rewinds.add(go_back(spike.step, checkpoints, config), write=hosts.is_first())
                 state, first_step = setup.restore_or_init(checkpoints, rewinds)
             sections.ledger.goes_on_from(first_step)
@@ -231,12 +235,18 @@ def preemption_budget(work: Workdir, config: Config, state: TrainState) -> str:
     sample = bytes(min(int(size), PROBE_BYTES))
     probe = work.path / f"probe-{jax.process_index()}"
     begin = time.monotonic()
-    with open(probe, "wb") as file:
-        file.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(probe, "wb") as file:
+            file.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return (
+            f"WARNING: {len(sample) / 1e6:,.1f} MB cannot be written to {work.path}, nor a checkpoint: {error.strerror}"
+        )
+    finally:
+        probe.unlink(missing_ok=True)
     seconds = (time.monotonic() - begin) * size / len(sample)
-    probe.unlink()
     left = config.checkpoint.notice_seconds - SECONDS_TO_NOTICE - seconds
     text = (
         f"preemption: of the {config.checkpoint.notice_seconds:.0f} s after SIGTERM, up to {SECONDS_TO_NOTICE:.0f} s "

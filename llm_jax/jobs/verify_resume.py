@@ -12,12 +12,13 @@ import hashlib
 import json
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 import typing
 
 import llm_jax
-from llm_jax.config import Checkpoint, Config, Log, Parallel, UserError, dumps
+from llm_jax.config import Checkpoint, Config, Log, Parallel, RunFailed, UserError, dumps
 from llm_jax.jobs.workdir import Workdir, write_atomically
 from llm_jax.measure import metrics
 from llm_jax.safety.checkpoint import Checkpoints
@@ -25,6 +26,7 @@ from llm_jax.safety.checkpoint import Checkpoints
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "batch")
 OTHER_MESH_TOLERANCE = 1e-4  # relative, of the loss: another mesh adds up in another order
 SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_TO_END = 60.0  # for the processes that were not killed
 
 
 def run(
@@ -34,13 +36,17 @@ def run(
     steps: int = 20,
     kills: int = 2,
     seed: int = 0,
+    processes: int = 1,
+    mesh: str | None = None,
     other_devices: int | None = None,
 ) -> int:
     """The verb: writes WORKDIR/certificate.json; exit code 0 if the promise holds, 70 if not.
 
-    steps: how far the runs are compared; kills: by SIGKILL, at steps drawn by `seed`; other_devices: simulated devices
-    of the third run, for runs on CPU (None: no third run).
+    steps: how far the runs are compared; kills: by SIGKILL, of one of the processes, at steps drawn by `seed`;
+    processes: of each run, on this machine; mesh and other_devices: axes and simulated devices of a third run, which
+    is of one process (both None: no third run).
     """
+    other_mesh = other_parallel(config.parallel, mesh, other_devices)
     if kills >= steps:
         raise UserError(f"--kills={kills} must be less than --steps={steps}; try --steps={2 * kills + 2}")
     if steps > config.train.steps:
@@ -60,15 +66,15 @@ def run(
     )
     moments = sorted(random.Random(seed).sample(range(every, steps), kills))
     say(f"training {steps} steps undisturbed")
-    undisturbed, _ = _train(config, folder / "undisturbed", [steps])
+    undisturbed, _ = _train(config, folder / "undisturbed", [steps], processes)
     say(f"training {steps} steps, killed by SIGKILL at {', '.join(map(str, moments))}")
-    killed, resumed = _train(config, folder / "killed", [*moments, steps])
+    killed, resumed = _train(config, folder / "killed", [*moments, steps], processes)
     results = {"same_mesh": {"resumed_from": resumed, **compare(undisturbed, killed, steps, tolerance=0.0)}}
-    if other_devices is not None:
-        say(f"training {steps} steps, killed at {moments[0]} and continued on {other_devices} simulated devices")
-        other = dataclasses.replace(config, parallel=Parallel(num_cpu_devices=other_devices))
-        _train(config, folder / "other_mesh", [moments[0]])
-        moved, resumed = _train(other, folder / "other_mesh", [steps])
+    if other_mesh is not None:
+        say(f"training {steps} steps, killed at {moments[0]} and continued on another mesh")
+        other = dataclasses.replace(config, parallel=other_mesh)
+        _train(config, folder / "other_mesh", [moments[0]], processes)
+        moved, resumed = _train(other, folder / "other_mesh", [steps], 1)
         compared = compare(undisturbed, moved, steps, tolerance=OTHER_MESH_TOLERANCE)
         results["other_mesh"] = {"resumed_from": resumed, **compared}
 
@@ -79,6 +85,7 @@ def run(
         "config_sha256": hashlib.sha256(dumps(config).encode()).hexdigest(),
         "steps": steps,
         "killed_at": moments,
+        "processes": processes,
         **results,
         "holds": all(result["holds"] for result in results.values()),
     }
@@ -92,6 +99,19 @@ def run(
             print(f"{name.replace('_', ' ')}: {describe(result)}")
         print(f"{'HOLDS' if certificate['holds'] else 'DOES NOT HOLD'}: {folder / 'certificate.json'}")
     return 0 if certificate["holds"] else 70
+
+
+def other_parallel(parallel: Parallel, mesh: str | None, devices: int | None) -> Parallel | None:
+    """The mesh of the third run, from "fsdp=4,tensor=2" and the number of simulated devices, as far as given."""
+    if mesh is None and devices is None:
+        return None
+    sizes: dict[str, int | None] = {"replica": 1, "fsdp": None, "tensor": 1}
+    for part in mesh.split(",") if mesh else ():
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh={mesh}: {part!r} is not AXIS=SIZE with one of the axes {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    return dataclasses.replace(parallel, **sizes, num_cpu_devices=devices or parallel.num_cpu_devices)
 
 
 def compare(reference: Workdir, other: Workdir, steps: int, *, tolerance: float) -> dict[str, typing.Any]:
@@ -131,8 +151,9 @@ def describe(result: dict) -> str:
     return "differs: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items())
 
 
-def _train(config: Config, folder: pathlib.Path, ends: list[int]) -> tuple[Workdir, list[int]]:
-    """Starts `llm-jax train` once for each of `ends`, and kills it when it has recorded that step and has a checkpoint.
+def _train(config: Config, folder: pathlib.Path, ends: list[int], processes: int) -> tuple[Workdir, list[int]]:
+    """Starts `llm-jax train` once for each of `ends`, and kills one of its processes when it has recorded that step and
+    has a checkpoint; the others have a minute to end by themselves.
 
     Returns the run and the steps that its starts went on from.
     """
@@ -156,18 +177,33 @@ def _train(config: Config, folder: pathlib.Path, ends: list[int]) -> tuple[Workd
             lines = metrics.read(work.metrics) if work.metrics.exists() else []
             return (saved.latest() or 0) >= save and any("kind" not in line and line["step"] >= step for line in lines)
 
-        with open(folder / "output.txt", "ab") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        with open(folder / "output.txt", "ab") as output, socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            address = f"--coordinator=127.0.0.1:{listener.getsockname()[1]}"
+            listener.close()
+            many = [[address, f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)]
+            running = [
+                subprocess.Popen(
+                    command + (flags if processes > 1 else []), stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                )
+                for flags in many
+            ]
             try:
                 while not reached():
                     try:
-                        code = process.wait(SECONDS_BETWEEN_LOOKS)
+                        code = running[0].wait(SECONDS_BETWEEN_LOOKS)
                     except subprocess.TimeoutExpired:
                         continue
                     if not reached():
                         tail = (folder / "output.txt").read_text(errors="replace").splitlines()[-1:]
                         raise UserError(f"the training ended with exit code {code} before step {end}: {' '.join(tail)}")
+                running[end % processes].kill()
+                for process in running:
+                    process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired as error:
+                raise RunFailed(f"one process was killed, and another did not end in {SECONDS_TO_END} s") from error
             finally:
-                process.kill()
-                process.wait()
+                for process in running:
+                    process.kill()
+                    process.wait()
     return work, resumed

@@ -67,7 +67,7 @@ class Workdir:
             raise UserError(f"--workdir={self.path} is a file; give a directory") from error
         self._lock = open(self.path / "lock", "ab")  # held until the process ends, however it ends
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"--workdir={self.path} is being trained by another process; stop that one, or take another --workdir"

@@ -149,10 +149,16 @@ class Preemption:
 
 def post(key: str, value: str) -> None:
     """Lets the other processes know: see posted."""
-    distributed.global_state.client.key_value_set(f"llm_jax/{key}", value, allow_overwrite=True)
+    _client().key_value_set(f"llm_jax/{key}", value, allow_overwrite=True)
 
 
 def posted(directory: str) -> dict[str, str]:
     """What has been posted under directory/..., by the rest of the key."""
-    pairs = distributed.global_state.client.key_value_dir_get(f"llm_jax/{directory}/")
+    pairs = _client().key_value_dir_get(f"llm_jax/{directory}/")
     return {key.rpartition("/")[2]: value for key, value in pairs}
+
+
+def _client():
+    client = distributed.global_state.client
+    assert client is not None, "hosts.start has not been called"
+    return client

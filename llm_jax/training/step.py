@@ -35,8 +35,8 @@ def train_step(
     digest of the tokens, spike (see spikes.spike, with its threshold), and skipped.
 
     With `skip`, an update that spikes, or whose loss or gradient norm is not finite, is left out: state.step counts its
-    batch, all else keeps its bits. Without, it is made, and the history follows where the loss goes for good. With ema_decay, the average
-    follows the parameters (Polyak & Juditsky 1992): ema += (1 - ema_decay) * (parameters - ema).
+    batch, all else keeps its bits. Without, it is made, and the history follows where the loss goes for good. With
+    ema_decay, the average follows the parameters (Polyak & Juditsky 1992): ema += (1 - ema_decay) * (parameters - ema).
     """
 
     def sums(batch):
