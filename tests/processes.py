@@ -3,11 +3,13 @@
 import pathlib
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 
 from conftest import ROOT, Tiny
 
 SECONDS_BETWEEN_LOOKS = 0.002
+SECONDS_TO_REACH = 240  # so that a hang is a failure
 SECONDS_TO_END = 60  # a bound for loaded machines; without our doing, it would be 98 to 301 s
 
 
@@ -48,7 +50,9 @@ class Processes:
 
     def wait_until(self, reached: Callable[[], bool], what: str) -> None:
         """Until it is true; none of the processes may end before."""
+        deadline = time.monotonic() + SECONDS_TO_REACH
         while not reached():
+            assert time.monotonic() < deadline, f"no {what} in {SECONDS_TO_REACH} s:\n{self.text()}"
             for process, running in enumerate(self.processes):
                 try:
                     code = running.wait(SECONDS_BETWEEN_LOOKS)
@@ -74,5 +78,5 @@ class Processes:
             running.wait()
 
     def wait_for_the_end(self) -> list[int | None]:
-        """However long the run takes; the exit codes."""
-        return [running.wait() for running in self.processes]
+        """The exit codes of runs that end by themselves."""
+        return [running.wait(SECONDS_TO_REACH) for running in self.processes]

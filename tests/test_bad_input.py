@@ -223,35 +223,35 @@ def on_disk(workdir: Path, disk: Path, mount) -> Path:
     return shutil.copytree(workdir, disk / "run")
 
 
-def test_full_disk(half, trained, tiny, small_disk):
-    """Saves that fail are told and tried again; then the run ends. The checkpoints of before stay, and with some space
-    the same command goes on as ever."""
+@pytest.fixture
+def small_disk_for_checkpoints(half, small_disk):
+    """The checkpoints of the run `half` lie on a file system with room for less than another one; mount, as above."""
     disk, mount = small_disk
     saved = on_disk(half / "checkpoints", disk, mount)
     shutil.rmtree(half / "checkpoints")
     (half / "checkpoints").symlink_to(saved)
     used = sum(path.stat().st_blocks for path in saved.rglob("*")) * 512
     assert mount(f"remount,size={used + 200_000}").returncode == 0
+    return mount
+
+
+def test_full_disk(half, trained, tiny, small_disk_for_checkpoints):
+    """Saves that fail are told and tried again; then the run ends. The checkpoints of before stay, and with some space
+    the same command goes on as ever."""
     done = tiny.run("train", half)
     assert done.returncode == 70 and "Traceback" not in done.stderr, done.stderr
     (warning,) = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
     assert "checkpoint of step 20 could not be saved" in warning and "the run goes on" in warning
     assert done.stderr.splitlines()[-1].startswith("llm-jax: stopped (exit code 70): checkpoint of step 24 could not")
-    assert (saved / "16").exists()
-    mount("remount,size=64m")
+    assert (half / "checkpoints" / "16").exists()
+    small_disk_for_checkpoints("remount,size=64m")
     done = tiny.run("train", half)
     assert done.returncode == 0, done.stderr
     assert curve(half) == curve(trained)
     assert (half / "evaluate.json").read_bytes() == (trained / "evaluate.json").read_bytes()
 
 
-def test_saves_that_fail_in_a_row_end_the_run(half, tiny, small_disk):
-    disk, mount = small_disk
-    saved = on_disk(half / "checkpoints", disk, mount)
-    shutil.rmtree(half / "checkpoints")
-    (half / "checkpoints").symlink_to(saved)
-    used = sum(path.stat().st_blocks for path in saved.rglob("*")) * 512
-    assert mount(f"remount,size={used + 200_000}").returncode == 0
+def test_saves_that_fail_in_a_row_end_the_run(half, tiny, small_disk_for_checkpoints):
     done = tiny.run("train", half, "--config.checkpoint.every=1", "--config.checkpoint.max_failures=2")
     assert done.returncode == 70, done.stderr
     assert "WARNING: checkpoint of step 17" in done.stderr
