@@ -47,20 +47,20 @@ def test_an_incident_tells_what_was_noted(tmp_path):
 def test_a_second_incident_of_the_same_kind_stands_beside_the_first(tmp_path):
     paths = [Recorder(tmp_path).incident(step, "spike", **REST) for step in (3, 3, 4, 3)]
     assert [path.name for path in paths] == ["3-spike", "3-spike-2", "4-spike", "3-spike-3"]
-    assert Recorder(tmp_path).num_incidents() == 4
+    assert Recorder(tmp_path).num_incidents("spike", "not-finite") == 4
 
 
 def test_what_a_killed_process_left_is_no_incident(tmp_path, monkeypatch):
     recorder = Recorder(tmp_path / "incidents")
-    assert recorder.num_incidents() == 0
+    assert recorder.num_incidents("spike") == 0
     with monkeypatch.context() as patch:  # killed before the last line
         patch.setattr(type(tmp_path), "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recorder.incident(3, "spike", **REST)
-    assert not (tmp_path / "incidents" / "3-spike").exists() and recorder.num_incidents() == 0
+    assert not (tmp_path / "incidents" / "3-spike").exists() and recorder.num_incidents("spike") == 0
     path = recorder.incident(3, "spike", **{**REST, "batch_text": "new"})
     assert [p.name for p in path.parent.iterdir()] == ["3-spike"] and (path / "batch.txt").read_text() == "new"
-    assert recorder.num_incidents() == 1
+    assert recorder.num_incidents("spike") == 1
 
 
 def test_numbers_of_jax_and_numpy_are_taken(tmp_path):

@@ -112,8 +112,6 @@ class Record:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         self.sections.step(step, waited=now - begin)
-        if step == 1:
-            check_first_step(loss, metrics["gradient_norms"], self.vocab_size)
         rate = self.tokens_per_step / seconds
         line = {
             "step": step,
@@ -128,6 +126,8 @@ class Record:
         }
         finite = math.isfinite(loss) and math.isfinite(line["grad_norm"])
         spikes = bool(metrics["spike"])
+        if step == 1 and finite:
+            check_first_step(loss, metrics["gradient_norms"], self.vocab_size)
         if spikes or not finite:
             line |= {"spike": spikes, "skipped": bool(metrics["skipped"])}
         self.recorder.note(step, line)
@@ -141,9 +141,10 @@ class Record:
     def _react(self, step: int, reason: str, metrics: dict, line: dict) -> None:
         """To a spike, or to a loss or gradient that is not finite."""
         spikes = self.config.spikes
-        if hosts.is_first() and self.recorder.num_incidents() < spikes.limit:
-            folder = self.incident(step, reason, metrics)
-            self.say(f"step {step}: {reason}, loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}: {folder}")
+        what = f"step {step}: {reason}, loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
+        if hosts.is_first() and self.recorder.num_incidents("spike", "not-finite") < spikes.limit:
+            what += f": {self.incident(step, reason, metrics)}"
+        self.say(what)
         if spikes.action == "stop" and reason == "not-finite":
             what = f"loss of step {step} is {line['loss']}, its gradient norm {line['grad_norm']}"
             raise RunFailed(f"the {what}; the newest checkpoint is from before")
@@ -157,7 +158,8 @@ class Record:
                 )
 
     def incident(self, step: int, reason: str, metrics: dict | None) -> str:
-        """Writes WORKDIR/incidents/STEP-REASON; metrics: of that very update, if they are known."""
+        """Writes WORKDIR/incidents/STEP-REASON and returns its path, or why it could not; metrics: of that very update,
+        if they are known."""
         try:
             text = self.describe_batch(step)
         except Exception as error:  # that may be what the incident is about
@@ -169,20 +171,24 @@ class Record:
                 for key in ("gradient_norms", "parameter_norms")
             }
         replay = shlex.join(["llm-jax", "inspect", "step", f"--workdir={self.work.path}", f"--step={step}"])
-        return str(self.recorder.incident(step, reason, batch_text=text, replay=replay, extra=norms))
+        try:
+            return str(self.recorder.incident(step, reason, batch_text=text, replay=replay, extra=norms))
+        except OSError as error:  # such as a full disk, which is not what the run should end by
+            return f"the incident cannot be written ({error.strerror})"
 
     def crashed(self, step: int) -> None:
         """The update of this step, or the one before, did not come to an end."""
-        if hosts.is_first():
+        if hosts.is_first() and self.recorder.num_incidents("crash") < self.config.spikes.limit:
             self.say(f"what is known about the crash: {self.incident(step, 'crash', None)}")
 
-    def rewound(self, rewind: Rewind) -> None:
+    def rewound(self, rewind: Rewind, step: int) -> None:
+        """step: that the run goes on from; less than rewind.to if that checkpoint was damaged."""
         if self.tensorboard is not None:
             self.tensorboard.close()
-        self._begin(rewind.to)
+        self._begin(step)
         if self.log is not None:
-            self.log.append({"kind": "rewind", "step": rewind.to, "spike": rewind.spike, "batches": rewind.batches})
-        self.say(f"rewound from step {rewind.spike} to step {rewind.to}, past {rewind.batches} batches")
+            self.log.append({"kind": "rewind", "step": step, "spike": rewind.spike, "batches": rewind.batches})
+        self.say(f"rewound from step {rewind.spike} to step {step}, past {rewind.batches} batches")
 
     def has_evaluation(self, step: int) -> bool:
         """Whether an earlier start has evaluated at this step; the same answer in every process."""

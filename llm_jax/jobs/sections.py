@@ -24,12 +24,14 @@ class Sections:
         self.ledger = ledger
         self._watchdog = watchdog
         self._say = say
+        self._section = "start"
         self._reported = time.monotonic()
         self._steps = 0
         self._waited = 0.0
 
     def enter(self, section: str) -> str:
         """Returns the section before."""
+        self._section = section
         self._watchdog.enter(section)
         return self.ledger.enter(section)
 
@@ -40,6 +42,11 @@ class Sections:
             yield
         finally:
             self.enter(before)
+
+    def progress(self) -> bool:
+        """True: there is progress within the section, of which nobody else would know."""
+        self._watchdog.enter(self._section)
+        return True
 
     def step(self, step: int, waited: float) -> None:
         """A step has been finished, of which this process waited so many seconds for the devices."""
@@ -56,16 +63,15 @@ class Sections:
         """Processes wait for the slowest in every step. That one is the one that waits least: it spends the most time
         `own` outside the devices, on data or on a busy host."""
         mine = {"host": socket.gethostname(), "step": step, "own": own}
-        hosts.post(f"steps/{jax.process_index()}", json.dumps(mine))
-        if not hosts.is_first():
+        try:
+            hosts.post(f"steps/{jax.process_index()}", json.dumps(mine))
+            posted = hosts.posted("steps") if hosts.is_first() else {}
+        except jax.errors.JaxRuntimeError as error:  # whether the others are there is for the heartbeats to tell
+            self._say(f"WARNING: no search for a straggler at step {step}: {error}")
             return
-        found = {int(process): json.loads(value) for process, value in hosts.posted("steps").items()}
-        if line := straggler(found, seconds):
+        found = {int(process): json.loads(value) for process, value in posted.items()}
+        if found and (line := straggler(found, seconds)):
             self._say(line)
-
-    def close(self) -> None:
-        self._watchdog.close()
-        self.ledger.close()
 
 
 def straggler(found: dict[int, dict], step_seconds: float) -> str | None:

@@ -97,6 +97,10 @@ class Setup:
                 step += 1
                 yield batch
 
+    def origin(self, rewinds: Rewinds) -> dict:
+        """What a checkpoint says of the data that led to it."""
+        return {"data": self.stream.fingerprint, "rewinds": [dataclasses.asdict(rewind) for rewind in rewinds.done]}
+
     def restore_or_init(
         self, checkpoints: Checkpoints, rewinds: Rewinds, step: int | None = None
     ) -> tuple[TrainState, int]:
@@ -122,6 +126,12 @@ class Setup:
             raise UserError(
                 f"the checkpoint of step {step} was trained on other data ({'; '.join(changed)}); restore those data, "
                 "take another --workdir, or go on with the new data by --config.checkpoint.allow_other_data"
+            )
+        gone = [[r for r in path if r["to"] < step] for path in (meta["rewinds"], self.origin(rewinds)["rewinds"])]
+        if gone[0] != gone[1]:
+            raise UserError(
+                f"the checkpoint of step {step} comes from the rewinds {gone[0]}, and rewinds.json has {gone[1]}; "
+                "restore that file: it tells which batches come next"
             )
         if step > config.train.steps:
             raise UserError(

@@ -46,18 +46,21 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
     """The verb; returns the exit code: 0 done, 75 saved after a preemption notice. processes: see hosts.start."""
     say = functools.partial(print, file=sys.stderr) if as_json else print
     work = Workdir(workdir)
-    start(config, saves_on_sigterm=True, **processes)
-    if hosts.is_first():
-        work.claim(config)
-    else:
-        say = silent
-    hosts.require_same("--config", dumps(config))
-    preemption = hosts.Preemption()
-    ledger = Ledger(work.ledger if hosts.is_first() else None, began=process_began())
     limits = dataclasses.asdict(config.watchdog)
     limits |= {"restore": limits["start"], "data": limits["step"], "finish": limits["evaluation"]}
-    watchdog = Watchdog(limits, work.stacks, jax.process_index())
-    with contextlib.closing(Sections(ledger, watchdog, say)) as sections:
+    with contextlib.ExitStack() as stack:
+        watchdog = Watchdog(limits, work.stacks, processes.get("process_id") or 0)
+        stack.callback(watchdog.close)
+        start(config, saves_on_sigterm=True, **processes)
+        if hosts.is_first():
+            work.claim(config)
+        else:
+            say = silent
+        hosts.require_same("--config", dumps(config))
+        preemption = hosts.Preemption()
+        ledger = Ledger(work.ledger if hosts.is_first() else None, began=process_began())
+        stack.callback(ledger.close)
+        sections = Sections(ledger, watchdog, say)
         with sections("prepare"), preemption.leaving_at_once(say):
             prepared = prepare(work.with_own_tokenizer(config), say=say)
         say(table(summary(prepared)))
@@ -69,7 +72,8 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
             if state is None:
                 return hosts.PREEMPTED
             with sections("finish"), preemption.leaving_at_once(say):
-                finish(work, config, prepared, setup, state, evaluate(state.parameters, held_out), as_json)
+                result = evaluate(state.parameters, held_out, proceed=sections.progress)
+                finish(work, config, prepared, setup, state, result, as_json)
     return 0
 
 
@@ -115,7 +119,7 @@ def train(
         record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
         if not all_finite(items(state)):
             raise RunFailed(f"step {step} made a parameter NaN or infinite; the checkpoints are from before")
-        checkpoints.save(step, items(state), {"data": setup.stream.fingerprint}, held_out_loss)
+        checkpoints.save(step, items(state), setup.origin(rewinds), held_out_loss)
         sections.ledger.saved(step)
 
     with preemption.leaving_at_once(say):  # nothing would be lost
@@ -134,10 +138,11 @@ def train(
         record = Record(work, config, setup, first_step, sections, describe_step)
         if due(first_step) and not record.has_evaluation(first_step):
             with sections("evaluation"):
-                record.evaluation(first_step, evaluate(state.parameters, held_out, config.evaluate.subset))
+                result = evaluate(state.parameters, held_out, config.evaluate.subset, proceed=sections.progress)
+                record.evaluation(first_step, result)
 
     while True:
-        step, batches = first_step, setup.batches(first_step, rewinds)
+        step, batches, preempted = first_step, setup.batches(first_step, rewinds), False
         sections.enter("step")
         try:
             for step in range(first_step + 1, total + 1):
@@ -158,7 +163,10 @@ def train(
                     with sections("evaluation"):
                         record.flush()
                         result = evaluate(
-                            state.parameters, held_out, config.evaluate.subset, proceed=lambda: not preemption.reached()
+                            state.parameters,
+                            held_out,
+                            config.evaluate.subset,
+                            proceed=lambda: sections.progress() and not preemption.reached(),
                         )
                     if result is None:
                         preempted = True
@@ -167,8 +175,11 @@ def train(
                         record.evaluation(step, result)
                 last = preempted or step == total
                 if last or step % config.checkpoint.every == 0:
-                    with sections("checkpoint"), may_fail(last=last):
-                        save(step, loss)
+                    with sections("checkpoint"):
+                        with may_fail():  # if the one before has failed, that is no reason not to save
+                            checkpoints.wait()
+                        with may_fail(last=last):
+                            save(step, loss)
                 if preempted:
                     with sections("checkpoint"):
                         checkpoints.close(verify=False)
@@ -176,7 +187,13 @@ def train(
                     say(f"preempted: saved step {step}; the same command goes on from there")
                     return None
         except Spike as spike:
-            if len(rewinds.done) == config.spikes.limit:
+            if preempted:  # the next start comes by the same spike, and has the time to go back
+                checkpoints.close(verify=False)
+                record.close()
+                say(f"preempted at {spike}: nothing to save; the same command goes on")
+                return None
+            if len(rewinds.done) >= config.spikes.limit:
+                checkpoints.close(verify=False)
                 raise RunFailed(f"{spike}: spikes.limit={config.spikes.limit} rewinds have been made") from spike
             del state
             with sections("restore"):
@@ -185,7 +202,7 @@ def train(
                 rewinds.add(go_back(spike.step, checkpoints, config), write=hosts.is_first())
                 state, first_step = setup.restore_or_init(checkpoints, rewinds)
             sections.ledger.goes_on_from(first_step)
-            record.rewound(rewinds.done[-1])
+            record.rewound(rewinds.done[-1], first_step)
             continue
         except RunFailed:  # as in all processes: what is being saved is from before
             checkpoints.close(verify=False)
@@ -213,10 +230,10 @@ def repeated(update: Callable, state: TrainState, batch: dict, step: int) -> tup
     found = digests(arrays)
     wrong = [f"{name}: repeated, the update gives other bits" for name in found if found[name] != expected[name]]
     wrong += replicas.disagreeing(arrays)
-    if wrong:
+    if hosts.anywhere(bool(wrong)):
         raise RunFailed(
             f"step {step} was computed wrongly by this hardware, and the checkpoints are from before: "
-            + "; ".join(wrong[:8])
+            + ("; ".join(wrong[:8]) or "another process tells what differs")
         )
     return state, metrics
 
@@ -226,7 +243,8 @@ def go_back(spike: int, checkpoints: Checkpoints, config: Config) -> Rewind:
     saved = checkpoints.steps()
     before = [step for step in saved if step <= spike - config.spikes.rewind_steps]
     to = max(before) if before else min(saved, default=0)
-    return Rewind(spike=spike, to=hosts.first_says(to), batches=config.spikes.rewind_batches)
+    to = hosts.first_says(to)
+    return Rewind(spike=spike, to=to, batches=max(config.spikes.rewind_batches, spike - to))  # that of the spike, too
 
 
 def preemption_budget(work: Workdir, config: Config, state: TrainState) -> str:

@@ -14,10 +14,13 @@ WORKDIR/tensorboard/       the record for TensorBoard
 """
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import pathlib
+import sys
+import time
 
 import jax
 
@@ -39,6 +42,10 @@ FREE = ("checkpoint.", "evaluate.", "log.", "parallel.", "train.steps", "train.m
         "spikes.action", "spikes.threshold", "spikes.limit", "spikes.rewind_")  # fmt: skip
 # And what may with checkpoint.allow_other_data: what the fingerprint of the data is made of.
 DATA = ("data.", "train.batch_size", "train.sequence_length", "train.seed")
+
+
+SECONDS_TO_LOCK = 10.0
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class Workdir:
@@ -65,13 +72,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise UserError(f"--workdir={self.path} is a file; give a directory") from error
-        self._lock = open(self.path / "lock", "ab")  # held until the process ends, however it ends
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--workdir={self.path} is being trained by another process; stop that one, or take another --workdir"
-            ) from error
+        self._take_lock()
         if self.has_begun() and self.config.exists():
             free = FREE + DATA if config.checkpoint.allow_other_data else FREE
             changed = {
@@ -87,6 +88,29 @@ class Workdir:
                 )
             return
         self.save_config(config)
+
+    def _take_lock(self) -> None:
+        """Until this process ends, however it ends. Another that has the lock may be about to end: it is given time."""
+        self._lock = open(self.path / "lock", "ab")
+        deadline = time.monotonic() + SECONDS_TO_LOCK
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    print(
+                        f"WARNING: {self.path} has no locks: see that it is not trained twice at once", file=sys.stderr
+                    )
+                    return
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--workdir={self.path} is being trained by another process; stop that one, or take another "
+                        "--workdir"
+                    ) from error
+            time.sleep(0.1)
 
     def has_begun(self) -> bool:
         """Whether there is something to lose."""

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,11 @@ def first_says(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether it holds in one of the processes."""
+    return bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
 def require_same(what: str, text: str) -> None:
     """Raises UserError in every process if they do not all have the same text."""
     if jax.process_count() == 1:
@@ -106,6 +112,7 @@ class Preemption:
 
     def __init__(self):
         self._count = 0
+        self._caught_up = 0  # how often
 
     def reached(self) -> bool:
         """Whether to stop here. Every process must call it at the same places."""
@@ -133,18 +140,30 @@ class Preemption:
             self._catch_up(say)
 
     def _catch_up(self, say: typing.Callable[[str], None]) -> None:
-        """Counts on to where the process is that counted furthest, leaving out no number: it may be the agreed one."""
-        furthest = int(multihost_utils.process_allgather(np.int32(self._count)).max())
-        while self._count < furthest:
+        """Counts on to where the process is that counted furthest, leaving out no number: it may be the agreed one.
+
+        No collective: a process may leave instead of coming here.
+        """
+        self._caught_up += 1
+        counts = f"counts/{self._caught_up}"
+        post(f"{counts}/{jax.process_index()}", str(self._count))
+        while len(found := posted(counts)) < jax.process_count():
+            if posted("left"):
+                self._leave(say)
+            time.sleep(SECONDS_BETWEEN_POLLS)
+        while self._count < max(map(int, found.values())):
             if self.reached():
                 self._leave(say)
 
     def _leave(self, say: typing.Callable[[str], None]) -> typing.NoReturn:
-        say("preempted: nothing to save; the same command goes on")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        jax.distributed.shutdown()  # waits for the others: who loses process 0 unawares takes it for a crash
-        os._exit(PREEMPTED)
+        try:
+            say("preempted: nothing to save; the same command goes on")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            post(f"left/{jax.process_index()}", "")
+            jax.distributed.shutdown()  # waits for the others: who loses process 0 unawares takes it for a crash
+        finally:
+            os._exit(PREEMPTED)
 
 
 def post(key: str, value: str) -> None:

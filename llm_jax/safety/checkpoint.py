@@ -136,11 +136,8 @@ class Checkpoints:
         assert self._manager is not None, "these checkpoints were opened for reading only"
         assert META not in items and not set(OWN_KEYS) & set(meta), (list(items), list(meta))
         self.wait()
-        try:
-            for unverified in self._settle():
-                self._verifier.begin(unverified)
-        except OSError as error:
-            raise self._failed(step, error) from error
+        for unverified in self._settle():
+            self._verifier.begin(unverified)
         if step in self._manager.all_steps():  # not steps(): all processes must decide alike
             return
         named = {item: named_leaves(tree) for item, tree in items.items()}
@@ -155,11 +152,14 @@ class Checkpoints:
         record["checksum"] = _checksum(record)
         arguments = {item: ocp.args.PyTreeSave(arrays) for item, arrays in named.items() if arrays}
         arguments[META] = ocp.args.JsonSave(record)
+        failure = None
         try:
             self._make_room(sum(array.nbytes for arrays in named.values() for array in arrays.values()))
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
         except Exception as error:
-            raise self._failed(step, error) from error
+            failure = error
+        if _gather([failure is not None]).any():  # all of them, or their next collectives would not fit together
+            raise self._failed(step, failure or RuntimeError("another process could not begin")) from failure
         self._saving = step
         self._losses[step] = loss
         self._verifier.forget(step)
@@ -304,8 +304,11 @@ class Checkpoints:
             if self._manager is not None:
                 names = itertools.chain([f"{step}.bad"], (f"{step}.bad.{number}" for number in itertools.count(1)))
                 bad = next(self.directory / name for name in names if not (self.directory / name).exists())
-                directory.rename(bad)
-                done = f"renamed to {bad.name}"
+                try:
+                    directory.rename(bad)
+                    done = f"renamed to {bad.name}"
+                except OSError as error:
+                    done = f"passed over, since it cannot be renamed ({error.strerror})"
             print(f"checkpoint {directory} is damaged and {done}: {damage}", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside checkpoint {step}")
@@ -324,10 +327,7 @@ class Checkpoints:
         assert self._manager is not None
         self._saving = None
         self.failures += 1
-        try:
-            self._remove_leftovers()
-        except OSError:  # as on a disk that has become read-only: the next save tries again, and says so
-            pass
+        self._remove_leftovers()
         self._manager.reload()
         return SaveFailed(
             f"checkpoint of step {step} could not be saved in {self.directory} ({one_line(error)}); "
@@ -335,10 +335,13 @@ class Checkpoints:
         )
 
     def _remove_leftovers(self) -> None:
-        """What killed and failed saves have left. Not while a save is under way."""
+        """What killed and failed saves have left, if it can be removed. Not while a save is under way."""
         if jax.process_index() == 0:
-            for path in ocp.utils.tmp_checkpoints(self.directory):
-                path.get().rmtree(missing_ok=True)
+            try:
+                for path in ocp.utils.tmp_checkpoints(self.directory):
+                    path.get().rmtree(missing_ok=True)
+            except OSError as error:  # as on a disk that has become read-only: the next save tries again
+                print(f"what a save has left in {self.directory} stays there: {error}", file=sys.stderr, flush=True)
 
     def _make_room(self, size: int) -> None:
         """OSError if arrays of so many bytes do not fit, even without what may be deleted."""
@@ -419,10 +422,13 @@ def _gather(values: list) -> np.ndarray:
 
 
 def _free(directory: epath.Path) -> float:
-    """Bytes; of a store that is not a file system of this machine there is no end."""
+    """Bytes; 0 where that cannot be told. Of a store that is not a file system of this machine there is no end."""
     if "://" in str(directory):
         return math.inf
-    disk = os.statvfs(directory)
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return 0
     return disk.f_bavail * disk.f_frsize
 
 

@@ -22,9 +22,10 @@ class Recorder:
         """Takes the metrics of an update: numbers, texts, NumPy scalars and arrays."""
         self.updates.append({"step": step, **metrics})
 
-    def num_incidents(self) -> int:
-        """How many have been written, by this and earlier starts."""
-        return sum(1 for path in self.folder.glob("*/incident.json") if path.parent.suffix != ".tmp")
+    def num_incidents(self, *reasons: str) -> int:
+        """How many have been written for one of the reasons, by this and earlier starts."""
+        paths = [path for reason in reasons for path in self.folder.glob(f"*-{reason}*/incident.json")]
+        return sum(path.parent.suffix != ".tmp" for path in paths)
 
     def incident(self, step: int, reason: str, *, batch_text: str, replay: str, extra: dict) -> pathlib.Path:
         """Writes FOLDER/STEP-REASON/, or STEP-REASON-2/ and so on if there is one, and returns it.

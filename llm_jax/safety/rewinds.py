@@ -49,5 +49,8 @@ class Rewinds:
     def _write(self) -> None:
         new = self._path.with_name(self._path.name + ".new")
         saved = {"done": [dataclasses.asdict(rewind) for rewind in self.done], "cleared": self._cleared}
-        new.write_text(json.dumps(saved, indent=2) + "\n")
+        with open(new, "w") as file:
+            file.write(json.dumps(saved, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(new, self._path)

@@ -5,6 +5,7 @@ the training, and an error in the digest on the devices or in Orbax's restore wo
 """
 
 import concurrent.futures
+import errno
 import itertools
 import os
 import sys
@@ -23,6 +24,7 @@ UNKNOWN, INTACT, DAMAGED = range(3)  # findings
 NOT_DAMAGE = (
     "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED",
     "Permission denied", "Too many open files", "Cannot allocate memory",
+    *map(os.strerror, (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EREMOTEIO)),
 )  # fmt: skip
 
 
