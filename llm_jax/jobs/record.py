@@ -108,7 +108,8 @@ class Record:
         step, metrics = self.pending
         self.pending = None
         begin = time.monotonic()
-        loss = float(metrics["loss"])
+        with self.sections("step"):  # also where an evaluation or a save begins with waiting for it
+            loss = float(metrics["loss"])
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         self.sections.step(step, waited=now - begin)

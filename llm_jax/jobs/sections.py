@@ -50,7 +50,6 @@ class Sections:
 
     def step(self, step: int, waited: float) -> None:
         """A step has been finished, of which this process waited so many seconds for the devices."""
-        self.enter("step")
         self.ledger.reached(step)
         self._steps += 1
         self._waited += waited
