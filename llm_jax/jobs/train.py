@@ -133,8 +133,6 @@ def train(
         say(preemption_budget(work, config, state))
         with sections("compile"):
             update = setup.compile(state)
-            all_finite(items(state))  # and what a save needs: after a notice there is no time to compile it
-            digests(named_leaves(items(state)))
         record = Record(work, config, setup, first_step, sections, describe_step)
         if due(first_step) and not record.has_evaluation(first_step):
             with sections("evaluation"):
