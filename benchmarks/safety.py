@@ -196,7 +196,8 @@ def loop(folder: pathlib.Path, config: Config, setup: Setup) -> tuple[Callable[[
     work = Workdir(folder)
     work.claim(config)
     watchdog = Watchdog(dataclasses.asdict(config.watchdog), work.stacks, jax.process_index())
-    sections = Sections(Ledger(work.ledger, began=time.time()), watchdog, print)
+    ledger = Ledger(work.ledger, began=time.time())
+    sections = Sections(ledger, watchdog, print)
     with contextlib.redirect_stderr(io.StringIO()):  # takes the lines of progress
         record = Record(work, config, setup, 0, sections, lambda step: "")
     checkpoints, preemption, steps = Checkpoints(work.checkpoints, keep=1), hosts.Preemption(), itertools.count(1)
@@ -212,7 +213,8 @@ def loop(folder: pathlib.Path, config: Config, setup: Setup) -> tuple[Callable[[
     def close() -> None:
         checkpoints.close()
         record.close()
-        sections.close()
+        watchdog.close()
+        ledger.close()
 
     return calls, close
 

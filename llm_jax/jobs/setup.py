@@ -54,8 +54,8 @@ class Setup:
         require_divisible(self.mesh, self.rules, {field: (rows, "batch")})
         self._sharding = jax.NamedSharding(self.mesh, self.rules.spec("batch", None))
 
-    def compile(self, state: TrainState, *, donate: bool = True):
-        """The compiled update: (state, batch) -> (state, metrics). The given state is overwritten if donated."""
+    def compile(self, state: TrainState):
+        """The compiled update: (state, batch) -> (state, metrics). The given state is overwritten."""
         config = self.config
         update = functools.partial(
             train_step,
@@ -71,7 +71,7 @@ class Setup:
         shape = (self.stream.batch_size, config.train.sequence_length + 1)
         row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding)
         batch = {"tokens": row, "segments": row, "positions": row}
-        return jax.jit(update, donate_argnames="state" if donate else ()).lower(state, batch).compile()
+        return jax.jit(update, donate_argnames="state").lower(state, batch).compile()
 
     def batch(self, number: int) -> dict[str, jax.Array]:
         """The batch of that number on the devices; each process reads the rows its own devices hold."""
