@@ -1,6 +1,7 @@
 """The digest against the same sum written in numpy, on several meshes, and against damage."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.safety import digest
-from llm_jax.safety.digest import _sum, block_sums, digests, hexadecimal
+from llm_jax.safety.digest import block_sums, digests, examine, hexadecimal
 
 
 def mix(words):
@@ -116,7 +117,35 @@ def test_finds_a_flipped_bit_and_a_swap():
         assert digests({"a": jnp.asarray(array.reshape(7, 13))}) == whole  # shapes are kept beside the digest
 
 
-def test_no_device_holds_a_whole_sharded_array():
+def test_no_device_holds_a_whole_sharded_array_or_waits_for_another():
     mesh = jax.make_mesh((8,), ("fsdp",))
     array = jax.device_put(np.zeros((4096, 256), np.float32), NamedSharding(mesh, P("fsdp")))
-    assert _sum.lower(array).compile().memory_analysis().temp_size_in_bytes < array.nbytes / 2
+    compiled = digest._sums(mesh, P("fsdp")).lower(array).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < array.nbytes / 8
+    assert not re.search("all-|collective|permute", compiled.as_text())
+
+
+def test_the_index_may_pass_32_bits_on_a_device():
+    """As in numpy, above: the last part of [2^20, 3, 2^13]."""
+    shape, start = [2**20, 3, 2**13], (2**20 - 1, 2, 2**13 - 5)
+    block = np.arange(5, dtype=np.uint32).reshape(1, 1, 5)
+    (sums,) = block_sums(block, start, tuple(shape))
+    assert digest._sum(jnp.asarray(block), list(start), shape)[:2].tolist() == sums.tolist()
+
+
+def test_names_arrays_with_an_element_that_is_not_finite():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    largest = {"int32": np.int32(-1), "uint32": np.uint32(2**32 - 1), "bool": np.True_}
+    fine, wrong = {}, {}
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        fine[f"{dtype.__name__} largest"] = np.full((8, 6), jnp.finfo(dtype).max, dtype)
+        fine[f"{dtype.__name__} smallest"] = np.full((8, 6), -jnp.finfo(dtype).tiny, dtype)
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            array = np.ones((8, 6), dtype)
+            array[5, 1] = value
+            wrong[f"{dtype.__name__} {value} {np.signbit(value)}"] = array
+    arrays = fine | wrong | {name: np.broadcast_to(value, (8, 6)) for name, value in largest.items()}
+    for spec in (P(), P("fsdp"), P(None, "tensor"), P("tensor", None)):
+        placed = jax.tree.map(lambda array, spec=spec: jax.device_put(array, NamedSharding(mesh, spec)), arrays)
+        assert set(examine(placed)[1]) == set(wrong)
+    assert examine({"scalar": jnp.float32(jnp.nan), "count": jnp.int32(-1)})[1] == ["scalar"]

@@ -33,7 +33,6 @@ from llm_jax.parallel import hosts
 from llm_jax.safety import replicas
 from llm_jax.safety.checkpoint import Checkpoints, SaveFailed, named_leaves
 from llm_jax.safety.digest import digests
-from llm_jax.safety.guards import all_finite
 from llm_jax.safety.rewinds import Rewind, Rewinds
 from llm_jax.safety.watchdog import Watchdog
 from llm_jax.training.state import TrainState, compute_dtype
@@ -117,8 +116,6 @@ def train(
 
     def save(step: int, held_out_loss: float | None) -> None:
         record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
-        if not all_finite(items(state)):
-            raise RunFailed(f"step {step} made a parameter NaN or infinite; the checkpoints are from before")
         checkpoints.save(step, items(state), setup.origin(rewinds), held_out_loss)
         sections.ledger.saved(step)
 
@@ -133,6 +130,7 @@ def train(
         say(preemption_budget(work, config, state))
         with sections("compile"):
             update = setup.compile(state)
+            checkpoints.warm_up(items(state))
         record = Record(work, config, setup, first_step, sections, describe_step)
         if due(first_step) and not record.has_evaluation(first_step):
             with sections("evaluation"):

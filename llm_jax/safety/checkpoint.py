@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.config import RunFailed, UserError
-from llm_jax.safety.digest import digests
+from llm_jax.safety.digest import digests, examine
 from llm_jax.safety.verification import DAMAGED, INTACT, Verifier, changed_arrays, few, is_damage, kept, one_line
 
 VERSION = 1  # of the layout described above
@@ -131,7 +131,8 @@ class Checkpoints:
         Waits for the save before, but not for its verification. A step that is saved already stays as it is; what a
         killed or failed save left is removed. A step that was found damaged is reported and renamed to STEP.bad. A
         held_out_loss that is NaN or infinite is recorded as unknown. SaveFailed if this save cannot begin, of which the
-        free space is a part, or if the one before has failed: this one is then not begun.
+        free space is a part, or if the one before has failed: this one is then not begun. RunFailed if an array holds a
+        number that is not finite.
         """
         assert self._manager is not None, "these checkpoints were opened for reading only"
         assert META not in items and not set(OWN_KEYS) & set(meta), (list(items), list(meta))
@@ -141,12 +142,15 @@ class Checkpoints:
         if step in self._manager.all_steps():  # not steps(): all processes must decide alike
             return
         named = {item: named_leaves(tree) for item, tree in items.items()}
+        examined = {item: examine(arrays) for item, arrays in named.items()}
+        if wrong := [f"{item}/{name}" for item, (_, names) in examined.items() for name in names]:
+            raise RunFailed(f"step {step} made {few(wrong)} NaN or infinite; the checkpoints are from before")
         loss = float(held_out_loss) if held_out_loss is not None and math.isfinite(held_out_loss) else None
         record = json.loads(json.dumps(meta)) | {
             "step": step,
             "version": VERSION,
             "held_out_loss": loss,
-            "digests": {item: digests(arrays) for item, arrays in named.items()},
+            "digests": {item: found for item, (found, _) in examined.items()},
             "shapes": {item: {name: _shape(a) for name, a in arrays.items()} for item, arrays in named.items()},
         }
         record["checksum"] = _checksum(record)
@@ -163,6 +167,11 @@ class Checkpoints:
         self._saving = step
         self._losses[step] = loss
         self._verifier.forget(step)
+
+    def warm_up(self, items: dict[str, object]) -> None:
+        """Compiles what a save of such trees computes: after a preemption notice there is no time for it."""
+        for tree in items.values():
+            examine(named_leaves(tree))
 
     def check(self) -> None:
         """Raises SaveFailed if the save under way has failed, and begins to verify it if it is complete. Does not wait;
@@ -236,6 +245,8 @@ class Checkpoints:
             if found is None:
                 return self._nothing_left()
             meta, arrays, damage = self._read(found, wanted)
+            if damage:  # once more: what has failed may have been the storage, or one process's way to it
+                meta, arrays, damage = self._read(found, wanted)
             if damage is None:
                 if self._manager is not None and wanted.keys() == meta["shapes"].keys():
                     self._verifier.intact.add(found)

@@ -8,11 +8,15 @@ one-to-one; other damage escapes with a probability of about 2^-64, as there are
 The same sums in numpy, block by block, are there to check what lies on the disk without a device.
 """
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 BLOCK = 2**16  # elements digested at once in numpy: in the cache of a core, 1.7 times as fast as 16 MB
@@ -23,9 +27,33 @@ def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
 
     The arrays have elements of at most 4 bytes (float32, bfloat16, int32, uint32, bool, ...), sharded in any way.
     """
-    # One after the other: simulated devices of one CPU share its threads, and programs with collectives that are under
-    # way at once have taken them from each other for ever (JAX 0.10.2, 2 devices on 2 cores).
-    return {name: hexadecimal(jax.device_get(_sum(array))) for name, array in arrays.items()}
+    return examine(arrays)[0]
+
+
+def examine(arrays: dict[str, jax.Array]) -> tuple[dict[str, str], list[str]]:
+    """The digests, and the names of the arrays with an element that is NaN or infinite, found in the same pass."""
+    made = {name: sums_by_device(array) for name, array in arrays.items()}  # no device waits for another
+    totals = np.zeros((len(arrays), 3), np.uint32)
+    for total, (name, array) in zip(totals, arrays.items(), strict=True):
+        sums = {shard.device: shard.data for shard in made[name].addressable_shards}
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                total += np.asarray(sums[shard.device])[0]
+    if jax.process_count() > 1:
+        totals = multihost_utils.process_allgather(totals).sum(0, dtype=np.uint32)
+    found = dict(zip(arrays, totals, strict=True))
+    return {name: hexadecimal(sums[:2]) for name, sums in found.items()}, [n for n, sums in found.items() if sums[2]]
+
+
+def sums_by_device(array: jax.Array) -> jax.Array:
+    """uint32 [devices, 3]: by each device, in the order of the mesh, for what it holds of the array, the two sums and
+    whether there is an element that is not finite."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        assert len(sharding.device_set) == 1, sharding
+        sharding = NamedSharding(jax.sharding.Mesh(list(sharding.device_set), "device"), jax.P())
+    with jax.set_mesh(sharding.mesh):
+        return _sums(sharding.mesh, sharding.spec)(array)
 
 
 def hexadecimal(words: np.ndarray) -> str:
@@ -73,20 +101,42 @@ def _mix_in_place(words: np.ndarray) -> None:
     words ^= shifted
 
 
-@jax.jit  # array by array: a parameter and its moments have the same shape and share one compilation
-def _sum(array: jax.Array) -> jax.Array:
-    """uint32[2], replicated."""
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(array, BITS[array.dtype.itemsize]).astype(jnp.uint32)
+@functools.cache  # so that jit finds what it compiled: a parameter and its moments share one program
+def _sums(mesh: jax.sharding.Mesh, spec: jax.P) -> Callable[[jax.Array], jax.Array]:
+    def local(part: jax.Array) -> jax.Array:
+        starts, sizes = [], []
+        for size, name in itertools.zip_longest(part.shape, spec):  # a spec may end before the shape
+            starts.append(0 if name is None else jax.lax.axis_index(name) * size)
+            sizes.append(size if name is None else jax.lax.axis_size(name) * size)
+        return _sum(part, starts, sizes)[None]
+
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=jax.P(mesh.axis_names)))
+
+
+def _sum(part: jax.Array, starts: list, sizes: list[int]) -> jax.Array:
+    """uint32[3] of the part that begins at the index `starts` of an array of these sizes."""
+    exponent = 0  # the bits that are all set in NaN and infinity, and in nothing else
+    if jnp.issubdtype(part.dtype, jnp.floating):
+        exponent = int(np.array(np.inf, part.dtype).view(BITS[part.dtype.itemsize]))
+    elif part.dtype == jnp.bool_:
+        part = part.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(part, BITS[part.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros((), jnp.uint32)
-    for dimension, size in enumerate(array.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dimension)  # modulo 2^32
-    mixed = _mix(bits + jnp.uint32(0x9E3779B9) * _mix(index + jnp.uint32(1)))
-    return jnp.stack([
-        jnp.sum(mixed, dtype=jnp.uint32),
-        jnp.sum(_mix(mixed ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32),
-    ])  # fmt: skip
+    for dimension, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        place = jax.lax.broadcasted_iota(jnp.uint32, part.shape, dimension) + jnp.uint32(start)
+        index = index * jnp.uint32(size % 2**32) + place  # modulo 2^32
+    first = _mix(bits + jnp.uint32(0x9E3779B9) * _mix(index + jnp.uint32(1)))
+    second = _mix(first ^ jnp.uint32(0x5BD1E995))
+    # All in one pass, row by row, and only then of the rows: on a CPU three times as fast as one sum after the other.
+    rows = jax.lax.reduce(
+        tuple(map(jnp.atleast_1d, (first, second, bits & jnp.uint32(exponent)))),
+        (jnp.uint32(0),) * 3,
+        lambda a, b: (a[0] + b[0], a[1] + b[1], jnp.maximum(a[2], b[2])),
+        (max(part.ndim, 1) - 1,),
+    )
+    firsts, seconds, largest = jax.lax.optimization_barrier(rows)
+    wrong = (largest.max() == jnp.uint32(exponent)) & (exponent > 0)
+    return jnp.stack([firsts.sum(dtype=jnp.uint32), seconds.sum(dtype=jnp.uint32), wrong.astype(jnp.uint32)])
 
 
 def _mix(words: jax.Array) -> jax.Array:

@@ -1,17 +1,10 @@
-"""Checks that cost nothing and stop a run that has gone wrong, before it costs anything."""
+"""A check that costs nothing and stops a run that is miswired, before it costs anything."""
 
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.safety.checkpoint import named_leaves
-
-
-@jax.jit
-def all_finite(tree) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def check_first_step(loss: float, gradient_norms, vocab_size: int) -> None:
