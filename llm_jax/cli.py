@@ -65,6 +65,7 @@ class Verb:
     flags: tuple[Flag, ...] = ()
     reads_config_file: bool = True  # else the config is that of the workdir
     needs_workdir: bool = True
+    of_a_run: bool = True  # else there is no config, and a workdir only as a flag of its own
 
 
 PROCESSES = (
@@ -75,7 +76,95 @@ PROCESSES = (
 EMA = Flag("ema", "boolean", "use the average of the parameters; see train.ema_decay", default=False)
 STEP = Flag("step", "integer", "of the checkpoint; default: the newest", {"lower_bound": 0})
 
+INPUT = Flag(
+    "input",
+    "multi_string",
+    "path, glob (** for any folders, {a,b} for either), gs://, s3:// or https:// URL, or "
+    "@FILE with one of these a line; may be repeated",
+)
+DATA_DIR = Flag("data_dir", "string", "where the dataset goes, as for tfds", default="~/tensorflow_datasets")
+WORKERS = Flag("workers", "integer", "processes; changes no result", {"lower_bound": 1}, os.cpu_count())
+BUILD = (
+    INPUT,
+    DATA_DIR,
+    Flag("name", "string", "of the dataset, optionally with /CONFIG"),
+    Flag("version", "string", "of the dataset", default="1.0.0"),
+    Flag("workdir", "string", "for files on the way, up to twice the text; default: in --data_dir"),
+    WORKERS,
+    Flag("threshold", "multi_string", "RULE.FIELD=NUMBER, such as c4.min_sentences=5; may be repeated", default=[]),
+    Flag("near_duplicates", "boolean", "remove near-duplicates (MinHash)", default=True),
+    Flag("validation", "float", "share of the documents", {"lower_bound": 0.0, "upper_bound": 1.0}, 0.005),
+    Flag("test", "float", "share of the documents", {"lower_bound": 0.0, "upper_bound": 1.0}, 0.005),
+    Flag(
+        "together",
+        "string",
+        "what no two splits share parts of: document, site, or cluster (of near-duplicates)",
+        default="document",
+    ),
+    Flag(
+        "evaluation",
+        "multi_string",
+        "a .txt or .jsonl file whose texts training must not hold; may be repeated",
+        default=[],
+    ),
+    Flag(
+        "contamination",
+        "string",
+        "drop or mask training documents that share 13 words with those or with held-out ones, or keep them",
+        default="drop",
+    ),
+    Flag("runner", "string", "run on Apache Beam: its flags in one text, such as '--runner=FlinkRunner'"),
+)
+
+
+def rules(default: str) -> Flag:
+    names = "language, c4, gopher_quality, gopher_repetition, fineweb, bad_words, personal"
+    return Flag("rules", "list", f"in their order, of {names}", default=default)
+
+
 VERBS = {
+    "build common_crawl": Verb(
+        summary="make a clean, de-duplicated dataset of Common Crawl's WET or WARC files",
+        explanation="Extracts text, keeps pages by language and rules, the newest copy of each address, one of equal "
+        "or nearly equal pages, and nothing that overlaps held-out or evaluation texts; writes a tfds dataset "
+        "(ArrayRecord) and a card of what was left out. Killed, the same command goes on. Needs the extra [build].",
+        example="llm-jax build common_crawl --input='CC-MAIN-*.warc.wet.gz' --data_dir=data",
+        flags=(
+            *BUILD,
+            rules("language,c4,gopher_quality,gopher_repetition,fineweb,personal"),
+            Flag("languages", "list", "ISO codes; empty for all", default="en"),
+            Flag("bad_words", "string", "a file with one word a line: pages with one of them go"),
+            Flag("lines", "boolean", "keep a line in one page of the build only, as C4", default=True),
+        ),
+        of_a_run=False,
+    ),
+    "build wikipedia": Verb(
+        summary="make a dataset of the articles of a Wikipedia dump, of any date and language",
+        explanation="Redirects, disambiguation and other non-articles are left out, templates, tables and references "
+        "stripped, sections kept as text. Killed, the same command goes on. Needs the extra [build].",
+        example="llm-jax build wikipedia --input=enwiki-20261101-pages-articles.xml.bz2 --data_dir=data",
+        flags=(*BUILD, rules("")),
+        of_a_run=False,
+    ),
+    "build text": Verb(
+        summary="make a dataset of text files, JSON lines or Parquet tables",
+        explanation="One document a .txt file, line (.jsonl) or row (.parquet), compressed or not. Killed, the same "
+        "command goes on. Needs the extra [build].",
+        example="llm-jax build text --input='corpus/**/*.{txt,jsonl.gz}' --name=my_corpus --data_dir=data",
+        flags=(
+            *BUILD,
+            rules(""),
+            Flag("text_key", "string", "the field or column that holds the text", default="text"),
+        ),
+        of_a_run=False,
+    ),
+    "build convert": Verb(
+        summary="convert a prepared tfds dataset from TFRecord to ArrayRecord, record for record",
+        explanation="Without TensorFlow. By default the new files go beside the old ones. Needs the extra [build].",
+        example="llm-jax build convert --input=data/c4/en/3.0.1",
+        flags=(INPUT, dataclasses.replace(DATA_DIR, default=None), WORKERS),
+        of_a_run=False,
+    ),
     "prepare": Verb(
         summary="train the tokenizer and tokenize the data sets, once",
         explanation="The result lies in data.cache_dir and is shared by all runs with the same data. `train` does this "
@@ -211,15 +300,18 @@ def verb_help_text(name: str) -> str:
         "",
         "Flags:",
     ]
-    if verb.reads_config_file:
+    if verb.of_a_run and verb.reads_config_file:
         lines.append(row("--config=FILE", "a Python file with get_config() -> llm_jax.config.Config; see configs/"))
-    lines.append(
-        row("--workdir=DIR", "where the run lies" + ("" if verb.needs_workdir else "; not needed with --config"))
-    )
+    if verb.of_a_run:
+        lines.append(
+            row("--workdir=DIR", "where the run lies" + ("" if verb.needs_workdir else "; not needed with --config"))
+        )
     for flag in verb.flags:
         shown = f"--[no]{flag.name}" if flag.kind == "boolean" else f"--{flag.name}=..."
-        lines.append(row(shown, flag.help + ("" if flag.default is None else f"; default: {flag.default}")))
+        lines.append(row(shown, flag.help + ("" if flag.default in (None, "", []) else f"; default: {flag.default}")))
     lines.append(row("--json", "print the result as JSON"))
+    if not verb.of_a_run:
+        return "\n".join(lines)
     origin = "default" if verb.reads_config_file else "default; the workdir has its own value"
     lines += [
         row("--config.SECTION.FIELD=...", "change one field, `none` where it may be off"),
@@ -241,9 +333,10 @@ def parse(name: str, argv: list[str]) -> dict:
     verb = VERBS[name]
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_boolean("json", False, "", flag_values=values)
-    flags.DEFINE_string("config", None, "", flag_values=values)
+    if verb.of_a_run:
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        flags.DEFINE_string("config", None, "", flag_values=values)
     for flag in verb.flags:
         define = getattr(flags, f"DEFINE_{flag.kind}")
         define(flag.name, flag.default, flag.help, flag_values=values, **flag.options)
@@ -253,11 +346,21 @@ def parse(name: str, argv: list[str]) -> dict:
         raise UserError(" ".join(str(error).removeprefix("flag ").split())) from error
 
     unknown = [
-        argument.partition("=")[0] for argument in rest if argument.startswith("-") and not OVERRIDE.match(argument)
+        argument.partition("=")[0]
+        for argument in rest
+        if argument.startswith("-") and not (verb.of_a_run and OVERRIDE.match(argument))
     ]
     if unknown:
-        names = [f"--{flag}" for flag in values] + [f"--config.{path}" for path in flatten(Config())]
+        names = [f"--{flag}" for flag in values]
+        names += [f"--config.{path}" for path in flatten(Config())] if verb.of_a_run else []
         raise UserError("\n".join(f"{flag}: no such flag{nearest('--' + flag.lstrip('-'), names)}" for flag in unknown))
+    arguments = {flag.name: values[flag.name].value for flag in verb.flags} | {"as_json": values.json}
+    if not verb.of_a_run:
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; a flag is written --name=value; put globs into quotes")
+        if not arguments["input"]:
+            raise UserError(f"{name} needs --input=FILES, such as: {verb.example}")
+        return arguments
     if values.workdir == "":
         raise UserError("--workdir is empty; give a directory")
     if values.workdir is None and verb.needs_workdir:
@@ -278,8 +381,7 @@ def parse(name: str, argv: list[str]) -> dict:
     else:
         raise UserError(f"--workdir={workdir} holds no run: {saved} does not exist; `llm-jax train` makes one")
     config = override(config, rest)
-    arguments = {flag.name: values[flag.name].value for flag in verb.flags}
-    return {"config": config, "workdir": workdir, "as_json": values.json, **arguments}
+    return {"config": config, "workdir": workdir, **arguments}
 
 
 def complete_generate(arguments: dict) -> None:
@@ -325,6 +427,9 @@ def run(name: str, argv: list[str]) -> int:
     given = []
     try:
         arguments = parse(name, argv)
+        if not VERBS[name].of_a_run:
+            given = [arguments["data_dir"], arguments.get("workdir")]
+            return find_job(name)(**arguments) or 0
         data, model_file = arguments["config"].data, arguments["config"].tokenizer.model_file
         given = [arguments["workdir"], data.data_dir, data.cache_dir, model_file, arguments.get("prompts_file")]
         if name == "generate":
@@ -346,7 +451,7 @@ def run(name: str, argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command, reports its errors on standard error and returns its exit code (see the top of this file)."""
     argv = sys.argv[1:] if argv is None else argv
-    name = argv[0] if argv else "--help"
+    given, name = argv, argv[0] if argv else "--help"
     if " ".join(argv[:2]) in VERBS:
         name, argv = " ".join(argv[:2]), argv[1:]
     try:
@@ -376,9 +481,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         if stdout_is_closed():
             return BROKEN_PIPE
-        return report_crash(argv)
+        return report_crash(given)
     except (Exception, SystemExit):  # nobody but entry ends the process
-        return report_crash(argv)
+        return report_crash(given)
 
 
 def report_crash(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"flags"},
     {"jobs"},
-    {"training", "data", "safety", "measure", "interop"},
+    {"training", "data", "corpus", "safety", "measure", "interop"},
     {"model"},
     {"kernels"},
     {"parallel"},

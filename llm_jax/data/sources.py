@@ -249,8 +249,8 @@ def find_dataset(name: str, data_dir: str) -> tfds.core.DatasetInfo:
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         info = builder.info if is_prepared(builder) else None
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, KeyError):
-        info = None  # tfds knows neither code nor files of that name, config or version
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, KeyError, OSError):
+        info = None  # tfds knows neither code nor whole files of that name, config or version
     if info is None or not info.splits:
         there = prepared_datasets(data_dir)
         raise UserError(
@@ -264,8 +264,7 @@ def find_dataset(name: str, data_dir: str) -> tfds.core.DatasetInfo:
     if info.file_format != array_record:
         raise UserError(
             f"data.sources: {name!r} in {builder.data_path} is in {info.file_format.value} format, which cannot be "
-            "read by position; convert it to array_record (tfds convert_format), or prepare it with "
-            "file_format='array_record'"
+            f"read by position; convert it: llm-jax build convert --input={builder.data_path}"
         )
     return info
 
