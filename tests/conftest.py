@@ -27,7 +27,7 @@ CONFIG = ROOT / "tests" / "tiny.py"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=13, help="how often test_kill.py kills runs")
+    parser.addoption("--kills", type=int, default=50, help="how often test_kill.py kills runs")
 
 
 class Tiny:

@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import RunFailed, UserError
 from llm_jax.safety import checkpoint
-from llm_jax.safety.checkpoint import Checkpoints, SaveFailed, named_leaves
+from llm_jax.safety.checkpoint import Checkpoints, SaveFailed
+from llm_jax.safety.structure import named_leaves
 
 
 class Moments(typing.NamedTuple):

@@ -69,10 +69,8 @@ def share(kills: int, num_processes: int) -> int:
     return many.get(num_processes) or kills - sum(many.values())
 
 
-@pytest.mark.kill
-@pytest.mark.parametrize(
-    "num_processes", [1, pytest.param(2, marks=pytest.mark.soak), pytest.param(4, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
 def test_killed_runs_end_as_if_nothing_had_happened(num_processes, trained, tiny, tmp_path, request):
     """One of the processes is killed, all end, and the same command goes on."""
     count = share(request.config.getoption("--kills"), num_processes)

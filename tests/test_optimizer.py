@@ -10,7 +10,7 @@ import pytest
 from tiny_model import FAST, GPT2, LLAMA, make_mesh, model_maker
 
 from llm_jax import config
-from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.safety.structure import named_leaves
 from llm_jax.training.optimizer import is_matrix, make_optimizer
 from llm_jax.training.schedule import make_schedule
 

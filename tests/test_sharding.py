@@ -20,7 +20,7 @@ from llm_jax.parallel.sharding import (
 from llm_jax.parallel.sharding import (
     make_mesh as make_mesh_of,
 )
-from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.safety.structure import named_leaves
 from llm_jax.training import state as training_state
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule

@@ -14,7 +14,7 @@ import pytest
 from tiny_model import FAMILIES, FAST, GPT2, LENGTH, LLAMA, RULES, VOCAB_SIZE, family, make_mesh, packed_rows, put
 
 from llm_jax import config
-from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.safety.structure import named_leaves
 from llm_jax.training.losses import target_weights, token_losses
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule

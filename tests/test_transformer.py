@@ -32,7 +32,7 @@ from tiny_model import (
 from llm_jax import config
 from llm_jax.model.norm import Norm
 from llm_jax.model.position import rotate, sinusoidal
-from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.safety.structure import named_leaves
 from llm_jax.training.losses import loss_sums
 from llm_jax.training.state import model_shape
 

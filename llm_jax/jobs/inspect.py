@@ -19,8 +19,9 @@ from llm_jax.jobs.setup import Setup, batch_text, describe_batch, make_stream
 from llm_jax.jobs.workdir import Workdir, start
 from llm_jax.measure import goodput as ledger
 from llm_jax.measure import metrics
-from llm_jax.safety.checkpoint import Checkpoints, named_leaves
+from llm_jax.safety.checkpoint import Checkpoints
 from llm_jax.safety.rewinds import Rewinds
+from llm_jax.safety.structure import named_leaves
 
 SHOWN_CHARACTERS = 72  # of a text in a table
 

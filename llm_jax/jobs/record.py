@@ -17,10 +17,10 @@ from llm_jax.measure.metrics import MetricsLog, read
 from llm_jax.measure.progress import Progress
 from llm_jax.measure.writers import TensorBoardWriter
 from llm_jax.parallel import hosts
-from llm_jax.safety.checkpoint import named_leaves
 from llm_jax.safety.guards import check_first_step
 from llm_jax.safety.recorder import Recorder
 from llm_jax.safety.rewinds import Rewind
+from llm_jax.safety.structure import named_leaves
 from llm_jax.training.state import compute_dtype
 
 

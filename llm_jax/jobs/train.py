@@ -31,9 +31,10 @@ from llm_jax.measure.metrics import encode
 from llm_jax.model.decoding import Sampling
 from llm_jax.parallel import hosts
 from llm_jax.safety import replicas
-from llm_jax.safety.checkpoint import Checkpoints, SaveFailed, named_leaves
+from llm_jax.safety.checkpoint import Checkpoints, SaveFailed
 from llm_jax.safety.digest import digests
 from llm_jax.safety.rewinds import Rewind, Rewinds
+from llm_jax.safety.structure import named_leaves
 from llm_jax.safety.watchdog import Watchdog
 from llm_jax.training.state import TrainState, compute_dtype
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from llm_jax.safety.checkpoint import named_leaves
+from llm_jax.safety.structure import named_leaves
 
 
 def check_first_step(loss: float, gradient_norms, vocab_size: int) -> None:
