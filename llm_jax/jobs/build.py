@@ -253,11 +253,15 @@ def reasons_in_words(stats: Stats) -> str:
 
 
 def describe_plainly(options: object) -> str:
-    """The numbers and short texts among its fields."""
+    """The numbers and texts among its fields, and short lists."""
     if options is None:
         return "none"
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return ", ".join(f"{k}={v}" for k, v in values.items() if isinstance(v, int | float | str) or v and len(v) < 10)
+    return ", ".join(
+        f"{name}={' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in values.items()
+        if isinstance(value, int | float | str) or (isinstance(value, tuple) and len(value) < 10)
+    )
 
 
 def versions() -> dict[str, str]:
