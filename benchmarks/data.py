@@ -61,7 +61,7 @@ def stages(paths: list[str]) -> dict[str, float]:
         found[name] = max(found.get(name, 0), size / 1e6 / (time.process_time() - begin))
         return result
 
-    rules = dict(zip(RULES, make_rules(RULES, [], {"language.languages": ("en",)}, None), strict=True))
+    rules = dict(zip(RULES, make_rules(RULES, [], ["en"], None), strict=True))
     clean = pipeline.Clean(common_crawl.read, (), tuple(rules.values()), by_address=True)
     documents = read(paths)
     for document in documents:  # loads what is loaded at first use

@@ -91,6 +91,8 @@ BUILD = (
     Flag("version", "string", "of the dataset", default="1.0.0"),
     Flag("workdir", "string", "for files on the way, up to twice the text; default: in --data_dir"),
     WORKERS,
+    Flag("languages", "list", "ISO codes that the rule `language` keeps; default: en for common_crawl, else all"),
+    Flag("bad_words", "string", "a file with one word a line, for the rule bad_words: pages with one of them go"),
     Flag("threshold", "multi_string", "RULE.FIELD=NUMBER, such as c4.min_sentences=5; may be repeated", default=[]),
     Flag("near_duplicates", "boolean", "remove near-duplicates (MinHash)", default=True),
     Flag("validation", "float", "share of the documents", {"lower_bound": 0.0, "upper_bound": 1.0}, 0.005),
@@ -113,7 +115,11 @@ BUILD = (
         "drop or mask training documents that share 13 words with those or with held-out ones, or keep them",
         default="drop",
     ),
-    Flag("runner", "string", "run on Apache Beam: its flags in one text, such as '--runner=FlinkRunner'"),
+    Flag(
+        "runner",
+        "string",
+        "run on Apache Beam: its flags in one text, such as '--runner=FlinkRunner --flink_master=...'",
+    ),
 )
 
 
@@ -132,8 +138,6 @@ VERBS = {
         flags=(
             *BUILD,
             rules("language,c4,gopher_quality,gopher_repetition,fineweb,personal"),
-            Flag("languages", "list", "ISO codes; empty for all", default="en"),
-            Flag("bad_words", "string", "a file with one word a line: pages with one of them go"),
             Flag("lines", "boolean", "keep a line in one page of the build only, as C4", default=True),
         ),
         of_a_run=False,
@@ -429,7 +433,11 @@ def run(name: str, argv: list[str]) -> int:
         arguments = parse(name, argv)
         if not VERBS[name].of_a_run:
             given = [arguments["data_dir"], arguments.get("workdir")]
-            return find_job(name)(**arguments) or 0
+            try:
+                job = find_job(name)
+            except ModuleNotFoundError as error:
+                raise UserError(f"{name} needs {error.name}; install it with: pip install 'llm-jax[build]'") from error
+            return job(**arguments) or 0
         data, model_file = arguments["config"].data, arguments["config"].tokenizer.model_file
         given = [arguments["workdir"], data.data_dir, data.cache_dir, model_file, arguments.get("prompts_file")]
         if name == "generate":
@@ -491,7 +499,7 @@ def report_crash(argv: list[str]) -> int:
     traceback.print_exc()
     print(
         f"llm-jax: crashed (exit code {CRASHED}), traceback above: {shlex.join(['llm-jax', *argv])}\n"
-        "llm-jax: what was saved lies in the --workdir (metrics.jsonl, checkpoints); the same command goes on there",
+        "llm-jax: what was saved lies in the --workdir; the same command goes on there",
         file=sys.stderr,
     )
     return CRASHED

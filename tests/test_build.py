@@ -115,8 +115,16 @@ def test_the_card_accounts_for_every_page(pages):
 
 def test_neither_workers_nor_a_second_call_change_a_byte(pages, tmp_path):
     before = records(pages / "common_crawl")
-    output = build("common_crawl", pages, f"--input={SHARED}/wet/*", "--workers=1")
-    assert "is finished; nothing to do" in output and records(pages / "common_crawl") == before
+    flags = (f"--input={SHARED}/wet/*", "--validation=0.1")
+    assert "is finished; nothing to do" in build("common_crawl", pages, *flags, "--workers=2")
+    printed = subprocess.run(
+        [sys.executable, "-m", "llm_jax", "build", "common_crawl", f"--data_dir={pages}", *flags, "--json"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert json.loads(printed)["read"] == 1200
+    other = start("common_crawl", pages, *flags, "--nolines")
+    assert "of other inputs or options" in other.communicate()[0] and other.returncode == 78
+    assert records(pages / "common_crawl") == before
     build("common_crawl", tmp_path, f"--input={SHARED}/wet/*", "--workers=2", "--validation=0.1")
     assert records(tmp_path / "common_crawl") == before
 
@@ -126,19 +134,25 @@ def test_neither_workers_nor_a_second_call_change_a_byte(pages, tmp_path):
 def test_ten_kills_change_no_byte(pages, tmp_path):
     chance = random.Random(0)
     flags = (f"--input={SHARED}/wet/*", "--workers=2", "--validation=0.1")
+    undisturbed = records(pages / "common_crawl")
     began = time.monotonic()
-    build("common_crawl", tmp_path / "undisturbed", *flags)
+    build("common_crawl", tmp_path / "0", *flags)
     seconds = time.monotonic() - began
-    for _ in range(10):
-        process = start("common_crawl", tmp_path / "killed", *flags)
+    assert records(tmp_path / "0" / "common_crawl") == undisturbed
+    kills, begun = 0, 1
+    while kills < 10:
+        process = start("common_crawl", tmp_path / str(begun), *flags)
         try:
-            process.communicate(timeout=chance.uniform(0.1, 0.7) * seconds)
+            process.communicate(timeout=chance.uniform(0.2, 0.9) * seconds)
         except subprocess.TimeoutExpired:
             process.kill()
-        process.communicate()
-    build("common_crawl", tmp_path / "killed", *flags)
-    assert records(tmp_path / "killed" / "common_crawl") == records(pages / "common_crawl")
-    assert records(tmp_path / "undisturbed" / "common_crawl") == records(pages / "common_crawl")
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0 and records(tmp_path / str(begun) / "common_crawl") == undisturbed
+            begun += 1
+    build("common_crawl", tmp_path / str(begun), *flags)
+    assert records(tmp_path / str(begun) / "common_crawl") == undisturbed
 
 
 @pytest.mark.skipif(not (SHARED / "warc").exists(), reason=f"needs the real pages of {SHARED}")
@@ -149,7 +163,7 @@ def test_warc_in_all_languages_with_other_rules(tmp_path):
     assert len(found["languages"]) > 5 and found["documents"]["unaccounted"] == 0
     assert {row["reason"] for row in found["dropped"]} <= {
         "language: not clear", "exact duplicate", "near-duplicate",
-        "older copy of a URL", "contaminated",
+        "older copy", "contaminated",
     }  # fmt: skip
     assert sum(map(len, read("web/all", tmp_path).values())) == found["documents"]["kept"] > 60
 
@@ -203,7 +217,15 @@ def test_text(tmp_path):
         (("--input={here}", "--threshold=c4.min_sentences=many"), "'many' is no int"),
         (("--input={here}", "--threshold=c4.length=3"), "give RULE.FIELD=NUMBER, with one of"),
         (("--input={here}", "--rules=bad_words"), "bad_words needs --bad_words=FILE"),
-        (("--input={here}", "--contamination=burn"), "choose drop, mask or keep"),
+        (("--input={here}", "--rules=c4,c4"), "c4 is named twice"),
+        (("--input={here}", "--rules=c4", "--languages=de"), "--languages has no effect without the rule language"),
+        (("--input={here}", "--rules=c4", "--threshold=fineweb.short_line=3"), "with one of c4.max_characters"),
+        (("--input={here}", "--contamination=keep", "--evaluation=x.txt"), "has no effect"),
+        (("--input={here}", "--evaluation=missing.txt"), "evaluation file missing.txt: No such file"),
+        (("--input={here}", "--runner=FlinkRunner"), "give Beam's flags in one text"),
+        (("--input={here}", "--together=cluster", "--nonear_duplicates"), "needs near-duplicates"),
+        (("--input={here}", "--name=foo/.."), "a dataset's name is"),
+        (("--input={here}", "--contamination=burn"), "choose one of drop, mask, keep"),
         (("--input={here}", "--validation=0.7", "--test=0.7"), "more than 1 in all"),
         (("--input={here}", "--name=wikipedia"), "tfds has a dataset wikipedia of its own"),
         (("--input={here}", "--config=x.py"), "--config: no such flag"),
@@ -218,6 +240,32 @@ def test_wrong_flags(tmp_path, capsys, flags, words):
     assert cli.main(argv) == 78
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_what_the_user_has_in_the_workdir_stays(tmp_path):
+    workdir = tmp_path / "work"
+    workdir.mkdir()
+    (workdir / "precious.txt").write_text("An old text with five words.")
+    flags = ("--name=mine", "--validation=0", "--test=0")
+    build("text", tmp_path / "data", f"--input={workdir}/*.txt", f"--workdir={workdir}", *flags)
+    assert [path.name for path in workdir.iterdir()] == ["precious.txt"]
+    inside = start("text", workdir / "data", f"--input={workdir}/*.txt", f"--workdir={workdir}", *flags)
+    assert "holds the dataset's own folder" in inside.communicate()[0] and inside.returncode == 78
+    assert len(read("mine", tmp_path / "data")["train"]) == 1
+
+
+def test_hostile_texts(tmp_path):
+    """Characters that become 18 of another form; one address for all; Windows line ends; fields that build uses."""
+    texts = [
+        "\ufdfa" * 100_000,
+        *(f"Text number {n} has words of its own: {n * 7919}.\r\nAnd a line." for n in range(50)),
+    ]
+    fields = {"url": "https://example.com/", "cluster": "same", "split": "validation", "language": "x" * 300}
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text} | fields) for text in texts))
+    build("text", tmp_path, f"--input={tmp_path}/in.jsonl", "--name=mine", "--together=cluster", "--validation=0.5")
+    splits = read("mine", tmp_path)
+    assert sum(map(len, splits.values())) >= 50 and len(splits["validation"]) < 45 > len(splits["train"])
+    assert not any("\r" in record["text"] or "xxx" in record["language"] for s in splits.values() for record in s)
 
 
 def test_nothing_left_is_no_dataset(tmp_path):

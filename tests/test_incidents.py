@@ -7,18 +7,16 @@ import pytest
 from processes import Processes
 from test_train import curve, record
 
-# Batch 15, which makes update 16, gets its tokens in disorder: to the model, noise.
+# Batch 15, which makes update 16, is one rare token: its gradients all point one way.
 PLANTED = """
-import numpy as np
 from llm_jax.data.stream import TrainStream
 batch = TrainStream.batch
-def disordered(self, number, first=0, last=None):
+def planted(self, number, first=0, last=None):
     found = batch(self, number, first, last)
     if number == 15:
-        tokens = found.tokens_BU.astype(np.int32)
-        found.tokens_BU[:] = np.random.default_rng(0).integers(4, 400, tokens.shape)
+        found.tokens_BU[:] = 399
     return found
-TrainStream.batch = disordered
+TrainStream.batch = planted
 """
 FLAGS = ("--config.spikes.window=8", "--config.spikes.rewind_steps=3", "--config.spikes.rewind_batches=4",
          "--config.spikes.threshold=13", "--config.train.steps=20", "--config.log.sample_prompt=none")  # fmt: skip
@@ -81,7 +79,7 @@ def test_skip_leaves_the_update_out(trained, tiny, tmp_path):
     assert [step for step, line in lines.items() if line.get("skipped")] == [16]
     batches = [line["batch"] for line in record(trained)[:20]]
     assert [line["batch"] for line in lines.values()] == [*batches[:15], lines[16]["batch"], *batches[16:]]
-    assert lines[16]["loss"] > lines[15]["loss"] + 1 > lines[17]["loss"]
+    assert lines[16]["grad_norm"] > 2 * max(lines[15]["grad_norm"], lines[17]["grad_norm"])
     assert "step 16: spike" in text
 
     found, batch = incident(tmp_path / "run", "16-spike")

@@ -100,7 +100,7 @@ def test_a_format_without_random_access_is_refused(data_dir, tmp_path):
     for name in ("dataset_info.json", "features.json"):
         text = (data_dir / "tiny" / "1.0.0" / name).read_text()
         (folder / name).write_text(text.replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(UserError, match="is in tfrecord format.*; convert it to array_record"):
+    with pytest.raises(UserError, match="is in tfrecord format.*; convert it: llm-jax build convert --input="):
         opened(tmp_path, "train")
 
 

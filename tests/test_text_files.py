@@ -51,7 +51,7 @@ def check_rows(documents: list[Document], name: str, unit: str) -> None:
     assert [d.text for d in documents] == [row["text"] for row in ROWS]
     last = documents[-1]
     assert (last.key, last.origin, last.url) == (f"{name}:600", f"{name}:{unit} 600", "http://site/599")
-    assert last.extra == {"source": "crawl"}
+    assert last.extra == {}
     assert len({d.key for d in documents}) == 600
 
 
@@ -74,7 +74,7 @@ def test_parquet(read, tmp_path):
 def test_text_files(read, suffix):
     name = f"a story.txt{suffix}"
     documents, skipped = read(name, bytes(COMPRESS[suffix]("\ufeffOnce upon a time…\r\n".encode())))
-    assert documents == [Document(name, "Once upon a time…\r\n", origin=name)] and not skipped
+    assert documents == [Document(name, "Once upon a time…\n", origin=name)] and not skipped
 
 
 def test_known_fields_and_another_text_field(read):
@@ -88,7 +88,7 @@ def test_known_fields_and_another_text_field(read):
         timestamp="2020-01-01T00:00:00Z",
         language="de",
         origin="a.jsonl:line 1",
-        extra={"text": "not this", "licence": "CC0"},
+        extra={"licence": "CC0"},
     )
 
 
@@ -98,12 +98,12 @@ def test_known_fields_and_another_text_field(read):
         (b'{"text": "cut', "not JSON"),
         (b"<html>", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"text": NaN}', "no text"),
+        (b'{"text": NaN}', "no text in the field 'text'"),
         (b'{"text": ' + b"9" * 10_000 + b"}", "not JSON"),
         (b'["text"]', "no text"),
-        (b'{"text": ["a"]}', "no text"),
-        (b'{"text": " \\n"}', "no text"),
-        (b'{"body": "a"}', "no text"),
+        (b'{"text": ["a"]}', "no text in the field 'text'"),
+        (b'{"text": " \\n"}', "no text in the field 'text'"),
+        (b'{"body": "a"}', "no text in the field 'text'"),
         (b'{"text": "\xfc"}', "broken encoding"),
         (b'{"text": "half \\ud83d of a pair"}', "broken encoding"),
         (b'{"text": "good", "title": "\\udc00"}', "broken encoding"),
@@ -156,7 +156,7 @@ def test_bad_parquet_rows(read, tmp_path):
     broken = pa.array([b"good", b"\xff\xfe", b"also good", b"", None]).cast(pa.binary()).view(pa.string())
     documents, skipped = read("a.parquet", parquet(tmp_path, {"text": broken}))
     assert [(d.text, d.key) for d in documents] == [("good", "a.parquet:1"), ("also good", "a.parquet:3")]
-    assert [s.reason for s in skipped] == ["broken encoding", "no text", "no text"]
+    assert [s.reason for s in skipped] == ["broken encoding"] + 2 * ["no text in the field 'text'"]
     documents, skipped = read("b.parquet", parquet(tmp_path, {"body": ["a"], "n": [1]}))
     assert not documents and "body" in skipped[0].detail
 

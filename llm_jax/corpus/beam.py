@@ -26,7 +26,7 @@ from llm_jax.corpus import pairs
 from llm_jax.corpus.engine import Built
 from llm_jax.corpus.pairs import Collection, PairWriter, Run, Sorter
 from llm_jax.corpus.stats import Stats
-from llm_jax.corpus.steps import Group, Pair, Read, Step, check, results
+from llm_jax.corpus.steps import Group, Pair, Read, Step, check, describe, results
 
 MEMORY_BYTES = 64_000_000  # of pairs sorted at once; runners have several threads in a process
 BUILT = "built.json"  # written last
@@ -43,12 +43,13 @@ def run_beam(steps: Sequence[Step], output: str, *, num_shards: int, pipeline_ar
       pipeline_args: flags of Beam and its runner, such as `--runner=DataflowRunner`; without any, it runs here
 
     Raises:
-      UserError: the folder holds a build.
+      UserError: the folder holds another build. If it holds this one, nothing is run.
     """
     check(steps)
     built = FileSystems.join(output, BUILT)
+    description = json.dumps([describe(step) for step in steps], sort_keys=True)
     if FileSystems.exists(built):
-        raise UserError(f"output={output}: a build was finished here; delete it, or give another place")
+        return _load(built, steps, description)
     with beam.Pipeline(options=PipelineOptions(list(pipeline_args))) as pipeline:
         made: dict[str, beam.pvalue.PCollection] = {}
         reports = []
@@ -69,10 +70,17 @@ def run_beam(steps: Sequence[Step], output: str, *, num_shards: int, pipeline_ar
             reports
             | "flatten reports" >> beam.Flatten()
             | "gather reports" >> beam.combiners.ToList()
-            | "write reports" >> beam.Map(functools.partial(_write_reports, built))
+            | "write reports" >> beam.Map(functools.partial(_write_reports, built, description))
         )
+    return _load(built, steps, description)
+
+
+def _load(built: str, steps: Sequence[Step], description: str) -> Built:
+    """What a build has reported; UserError if it was another one."""
     with FileSystems.open(built) as file:
         saved = json.load(file)
+    if saved["steps"] != description:
+        raise UserError(f"{built}: another build was finished here; delete its folder, or set another workdir")
     collections = {}
     for name in results(steps):
         files = sorted(saved["files"].get(name, []))
@@ -177,8 +185,8 @@ def _with_shard(num_shards: int, pair: Pair) -> tuple[int, Pair]:
     return zlib.crc32(pair[0]) % num_shards, pair
 
 
-def _write_reports(path: str, reports: list[tuple]) -> None:
-    saved = {"files": {}, "stats": {}}
+def _write_reports(path: str, description: str, reports: list[tuple]) -> None:
+    saved = {"steps": description, "files": {}, "stats": {}}
     for kind, name, report in reports:
         if kind == "stats":
             saved["stats"][name] = report

@@ -155,7 +155,7 @@ class _Buckets:
             borders = np.searchsorted(entries["hash"] >> np.uint64(56), np.arange(1, BUCKETS, dtype=np.uint64))
             for number, part in enumerate(np.split(entries, borders)):
                 with open(self._path(number), "ab") as file:
-                    part.tofile(file)
+                    file.write(part.tobytes())  # whose errors, unlike those of tofile, say what is wrong
         self.waiting, self.waiting_bytes = [], 0
 
     def _path(self, number: int) -> str:

@@ -35,7 +35,7 @@ FEATURES = {
     "id": "unique in the dataset and stable over builds",
     "origin": "file and record it was read from",
 }
-NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+.-]+)?", re.ASCII)
+NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w+-][\w+.-]*)?", re.ASCII)
 PARTIAL = ".partial"  # ends the names of files that are being written
 # Each record compressed by itself, so that reading one decompresses one: zstd level 3, 42 % of English text.
 # Level 9 saves 1.5 % of the text and takes five times as long.
@@ -128,6 +128,11 @@ def write_records(records: Iterable[bytes], path: str) -> Shard:
             count += 1
             num_bytes += len(record)
         writer.close()
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # whoever is told that it is finished may rely on it
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
     except RuntimeError as error:  # of ArrayRecord, which gives no errno
         if "No space left" not in str(error) and "Disk quota" not in str(error):
@@ -174,7 +179,9 @@ def finish(
             found = num_records(path)
             if found != shard.count:
                 problem = "missing or cut off" if found is None else f"{found} records, not {shard.count}"
-                raise UserError(f"{path}: {problem}; run the build again without this file")
+                raise UserError(
+                    f"{path}: {problem}; remove the folder `shards` of the build's workdir and run it again"
+                )
     info = _dataset_info(folder, name, version, splits, extra or {}, description, citation, homepage, licence)
     partial = os.path.join(folder, f"metadata{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)

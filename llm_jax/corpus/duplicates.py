@@ -1,6 +1,6 @@
-"""Steps that remove what a build holds more than once: copies of a URL, equal texts, lines, and near-duplicates.
+"""Steps that remove what a build holds more than once: copies of a page, equal texts, lines, and near-duplicates.
 
-    Map   by_url          (hash of the normalised URL, document)
+    Map   by_key          (hash of the key, document)
     Group KeepNewest      (id, document)                             streams
     Map   by_text         (hash of the words, document)
     Group KeepOne         (id, document)                             streams
@@ -24,7 +24,6 @@ import rensa
 
 from llm_jax.corpus.document import Document
 from llm_jax.corpus.hashed_words import ngram_hashes, word_hashes
-from llm_jax.corpus.rules import urls
 from llm_jax.corpus.stats import Stats
 from llm_jax.corpus.steps import Group, Map, Pair, Step
 
@@ -49,13 +48,12 @@ def _hash(text: str, num_bytes: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=num_bytes).digest()
 
 
-# Copies of a URL, and equal texts
+# Copies of a page, and equal texts
 
 
-def by_url(key: bytes, value: bytes, stats: Stats) -> Iterator[Pair]:
-    """Map: documents under a hash of their normalised URL, or of their key where they have none."""
-    document = Document.from_bytes(value)
-    yield _hash(urls.normalize(document.url) or document.key, 16), value
+def by_key(key: bytes, value: bytes, stats: Stats) -> Iterator[Pair]:
+    """Map: documents under a hash of their keys; those of web pages are normalised addresses."""
+    yield _hash(Document.from_bytes(value).key, 16), value
 
 
 def by_text(key: bytes, value: bytes, stats: Stats) -> Iterator[Pair]:
@@ -72,7 +70,7 @@ class KeepNewest:
     priority: Priority = one_priority  # for the id alone
 
     def __call__(self, key: bytes, *sources: Iterable[bytes], stats: Stats) -> Iterator[Pair]:
-        document, value, _ = _best(sources, lambda document: document.timestamp, "older copy of a URL", stats)
+        document, value, _ = _best(sources, lambda document: document.timestamp, "older copy", stats)
         yield document_id(document, self.priority), value
 
 
@@ -340,7 +338,7 @@ class ResolveNearDuplicates:
             document = Document.from_bytes(value)
             first, size = cluster[0][:ID_BYTES], int.from_bytes(cluster[0][ID_BYTES:], "big")
             if first == key:
-                _count_cluster("near", size, document, stats)
+                _count_cluster("near" if self.remove else "near, kept", size, document, stats)
             if not self.remove:
                 document.extra["cluster"] = first.hex()
                 yield key, document.to_bytes()

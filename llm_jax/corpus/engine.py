@@ -96,17 +96,22 @@ def run(
         with contextlib.closing(_Progress(schedule, progress)) as shown:
             _work_off(plan, schedule, num_workers, shown.update)
         shutil.rmtree(unfinished_files)  # of workers that were killed
-    records = {name: [plan.record(Task(name, part)) for part in range(parts)] for name, parts in plan.parts.items()}
     return Built(
-        collections={name: _collection(plan, name, records[name]) for name in plan.parts if name in plan.results},
-        stats={name: Stats().merge(record.stats for record in records[name]) for name in records},
+        collections={name: _collection(plan, name) for name in plan.parts if name in plan.results},
+        stats={name: Stats().merge(record.stats for record in _records(plan, name)) for name in plan.parts},
         peak_disk_bytes=schedule.peak_bytes,
     )
 
 
-def _collection(plan: Plan, step: str, records: list[Record]) -> Collection:
-    files = (Run(plan.path(Task(step, part), ".pairs"), 0, record.size) for part, record in enumerate(records))
-    return Collection(tuple(files), sum(record.pairs for record in records))
+def _records(plan: Plan, step: str) -> Iterator[Record]:
+    """One after the other: the examples of all tasks at once may be more than memory holds."""
+    return (plan.record(Task(step, part)) for part in range(plan.parts[step]))
+
+
+def _collection(plan: Plan, step: str) -> Collection:
+    sizes = [(record.size, record.pairs) for record in _records(plan, step)]
+    files = (Run(plan.path(Task(step, part), ".pairs"), 0, size) for part, (size, _) in enumerate(sizes))
+    return Collection(tuple(files), sum(pairs for _, pairs in sizes))
 
 
 def _description(plan: Plan) -> dict:
@@ -129,6 +134,8 @@ def _version(input: str) -> list:
         file_system, path = fsspec.core.url_to_fs(input)
         return [input, str(file_system.ukey(path))]
     status = os.stat(input)
+    if input.endswith(".pairs"):  # of an earlier part, whose own description says what it holds; it may be made anew
+        return [input, status.st_size]
     return [input, status.st_size, status.st_mtime_ns]
 
 

@@ -62,8 +62,16 @@ def _pieces(text: str) -> Iterator[str]:
 def _word_hashes(text: str) -> np.ndarray:
     alone, letters = _alphabet()
     values = alone.take(_codes(text))
-    if (values == NOT_ALONE).any():
-        values = letters.take(_codes(unicodedata.normalize("NFKC", text)))
+    if not (values == NOT_ALONE).any():
+        return _hash_words(values)
+    # Of one character NFKC makes up to 18: cut again.
+    return np.concatenate(
+        [_hash_words(letters.take(_codes(piece))) for piece in _pieces(unicodedata.normalize("NFKC", text))]
+    )
+
+
+def _hash_words(values: np.ndarray) -> np.ndarray:
+    """The hash of each word of a piece, of the values of its characters."""
     own = values & np.uint64(1)
     if own.any():  # a space on either side
         places = np.cumsum(1 + 2 * own.astype(np.int64)) - 1 - own.astype(np.int64)

@@ -120,8 +120,10 @@ def _values(value: str) -> list[str]:
     try:
         with open_input(path) as file:
             lines = file.read().decode("utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"input={value}: there is no file {path}; @FILE names a list of inputs") from error
+    except (OSError, UnicodeDecodeError, Damaged) as error:
+        raise UserError(
+            f"input={value}: {path} cannot be read ({error}); @FILE is a text with an input a line"
+        ) from error
     lines = [line.strip() for line in lines]
     return [line for line in lines if line and not line.startswith("#")]
 

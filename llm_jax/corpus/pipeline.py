@@ -27,7 +27,7 @@ EXTRA = {"common_crawl": {}, "text": {}, "wikipedia": {"revision": "the number o
 STAGES = {
     "read": "what the inputs hold",
     "clean": "what the rules leave",
-    "newest": "the newest copy of each address",
+    "newest": "the newest copy of each page",
     "exact": "one of equal texts",
     "lines": "lines that another document has too, taken out",
     "near": "one of near-duplicates",
@@ -47,7 +47,7 @@ class Options:
     Attributes:
       kind: of READERS
       rules: in their order
-      lines: whether a line stays in one document only, and which pages are then too short
+      lines: whether a line stays in one document only
       near: what near-duplicates are; None leaves them
       splits: shares, and what stays together
       contamination: "drop" documents that overlap, "mask" the words, or "keep" them
@@ -56,7 +56,7 @@ class Options:
 
     kind: str
     rules: tuple[Rule, ...]
-    lines: C4 | None
+    lines: bool
     near: duplicates.MinHash | None
     splits: Splits
     contamination: str
@@ -64,7 +64,7 @@ class Options:
 
     @property
     def stages(self) -> list[str]:
-        left_out = {"lines": self.lines is None, "near": self.near is None}
+        left_out = {"lines": not self.lines, "near": self.near is None or self.splits.together == "cluster"}
         left_out["decontaminated"] = self.contamination == "keep"
         return [stage for stage in STAGES if not left_out.get(stage)]
 
@@ -78,12 +78,12 @@ def first_part(inputs: Sequence[str], options: Options) -> list[Step]:
         Map("texts", "newest", duplicates.by_text),
         Group("exact", ("texts",), Counted("exact", duplicates.KeepOne()), streams=True),
     ]
-    if options.lines is not None:
+    if options.lines:
+        c4 = next((rule for rule in options.rules if isinstance(rule, C4)), None)
         steps += [
             Map("lines", steps[-1].name, duplicates.lines),
             Group("repeated-lines", ("lines",), duplicates.repeated_lines, streams=True),
-            Group("unique-lines", (steps[-1].name, "repeated-lines"), duplicates.drop_lines),
-            Map("long-enough", "unique-lines", Counted("lines", EnoughSentences(options.lines))),
+            Group("unique-lines", (steps[-1].name, "repeated-lines"), Counted("lines", DropLines(c4))),
         ]
     if options.near is not None:
         *before, last = duplicates.near_duplicates(
@@ -122,7 +122,7 @@ def second_part(
 
 @dataclasses.dataclass(frozen=True)
 class Clean:
-    """Read: the documents of an input that pass the rules, under a hash of their addresses.
+    """Read: the documents of an input that pass the rules, under a hash of their keys.
 
     Attributes:
       read, options: a reader, and keyword arguments
@@ -150,7 +150,7 @@ class Clean:
                 item.language, _ = identify(item.text)
             if self._passes(item, stats):
                 count_stage("clean", item, stats)
-                yield from duplicates.by_url(b"", item.to_bytes(), stats)
+                yield from duplicates.by_key(b"", item.to_bytes(), stats)
 
     def _passes(self, document: Document, stats: Stats) -> bool:
         """Runs the rules in order, up to the first that drops the document."""
@@ -170,18 +170,22 @@ class Clean:
 
 
 @dataclasses.dataclass(frozen=True)
-class EnoughSentences:
-    """Map: pages that still have enough sentences, after lines were taken out (Raffel et al. 2020, section 2.2)."""
+class DropLines:
+    """Group: as duplicates.drop_lines; pages that lost a line must still have enough sentences, where the rules of C4
+    are asked for (Raffel et al. 2020, section 2.2)."""
 
-    rule: C4
+    rule: C4 | None
 
-    def __call__(self, key: bytes, value: bytes, stats: Stats) -> Iterator[Pair]:
-        document = Document.from_bytes(value)
-        result = self.rule.enough_sentences(document.text)
-        if isinstance(result, Dropped):
-            drop(document, result._replace(rule=f"{result.rule}, without repeated lines"), stats)
-        else:
-            yield key, value
+    def __call__(self, key: bytes, documents: list[bytes], repeated: list[bytes], stats: Stats) -> Iterator[Pair]:
+        for _, value in duplicates.drop_lines(key, documents, repeated, stats):
+            document = Document.from_bytes(value)
+            result = document.text
+            if self.rule is not None and value not in documents:
+                result = self.rule.enough_sentences(document.text)
+            if isinstance(result, Dropped):
+                drop(document, result._replace(rule=f"{result.rule}, without repeated lines"), stats)
+            else:
+                yield key, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +275,7 @@ def shard_counts(stats: Stats) -> tuple[tuple[str, int], ...]:
     return tuple((split, -(-size // SHARD_BYTES)) for split, size in sorted(sizes.items()))
 
 
-def looked_for(split: Iterable[Pair], evaluation: Sequence[str], stats: Stats) -> Iterator[contamination.Text]:
+def looked_for(split: Iterable[Pair], evaluation: Sequence[str]) -> Iterator[contamination.Text]:
     """What training documents must not hold: the evaluation files, then the held-out documents of the build."""
     yield from itertools.chain.from_iterable(map(contamination.read_evaluation, evaluation))
     for _, value in split:

@@ -50,8 +50,8 @@ class Splits:
         """The name of the document's split."""
         unit = document.key
         # Not an article of a dump: these have keys of their own, and all of them one domain.
-        if document.url and not document.key.startswith("wikipedia:"):
-            unit = (urls.domain if self.together == "site" else urls.normalize)(document.url) or unit
+        if self.together == "site" and document.url and not document.key.startswith("wikipedia:"):
+            unit = urls.domain(document.url) or unit
         if self.together == "cluster":
             unit = document.extra.get("cluster", unit)
         # Salted: of duplicates the one with the lowest hash of its key stays, which must not decide here too.

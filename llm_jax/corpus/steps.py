@@ -86,23 +86,24 @@ def readers(steps: Sequence[Step]) -> dict[str, list[Step]]:
 
 def describe(step: Step) -> dict:
     """All that decides what a step does, but for the contents of its inputs, as JSON: the same in every process."""
-    values = {field.name: _describe(getattr(step, field.name)) for field in dataclasses.fields(step)}
+    values = {field.name: describe_value(getattr(step, field.name)) for field in dataclasses.fields(step)}
     return {"kind": type(step).__name__, **values}
 
 
-def _describe(value: object) -> object:
+def describe_value(value: object) -> object:
+    """A value of options as JSON, the same in every process."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, list | tuple):
-        return [_describe(item) for item in value]
+        return [describe_value(item) for item in value]
     if isinstance(value, dict):
-        return [[_describe(key), _describe(item)] for key, item in value.items()]
+        return [[describe_value(key), describe_value(item)] for key, item in value.items()]
     if isinstance(value, set | frozenset):  # whose own order changes from process to process
-        return sorted((_describe(item) for item in value), key=repr)
+        return sorted((describe_value(item) for item in value), key=repr)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: describe_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
     if inspect.isroutine(value) or isinstance(value, type):
         assert "<" not in value.__qualname__, f"{value.__qualname__} is no top-level function"

@@ -1,6 +1,7 @@
 """Documents from text files (one each), JSON lines and Parquet tables (one a line or row)."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
@@ -10,34 +11,43 @@ from llm_jax.config import UserError
 from llm_jax.corpus import inputs
 from llm_jax.corpus.document import Document, Skipped
 
-MAX_BYTES = 64 << 20  # of one document
-_ROWS = 256  # of a Parquet table held at a time
+MAX_BYTES = 16 << 20  # of one document
+_ROWS = 16  # of a Parquet table held at a time
 _COMPRESSED = (".gz", ".bz2", ".zst")
 _FIELDS = ("url", "title", "timestamp", "language")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_]\w{2,8})*")
+_LICENCE_LENGTH = 100  # characters
 
 
 def read(path: str, *, text_key: str = "text", max_bytes: int = MAX_BYTES) -> Iterator[Document | Skipped]:
     """The documents of a .txt, .jsonl (or .ndjson) or .parquet file; the first two may be compressed.
 
     Keys are "FILE", "FILE:LINE" and "FILE:ROW", both counted from 1. The fields url, title, timestamp and language of
-    a line or row are the document's, where they are strings; other strings go to extra. What is not UTF-8, not JSON,
+    a line or row are the document's, where they are strings (and the language a code), and so is the licence. Lines end
+    in "\\n", whatever they ended in. What is not UTF-8, not JSON,
     has no string text_key, is empty or has more than max_bytes comes as Skipped. Raises UserError for a file of
     another kind.
     """
-    name = inputs.name(path)
-    kind = name.lower()
-    for suffix in _COMPRESSED:
-        kind = kind.removesuffix(suffix)
-    if kind.endswith(".txt"):
+    name, kind = inputs.name(path), kind_of(path)
+    if kind == "txt":
         yield _file(path, name, max_bytes)
-    elif kind.endswith((".jsonl", ".ndjson")):
-        yield from _lines(path, name, text_key, max_bytes)
-    elif kind.endswith(".parquet"):
+    elif kind == "parquet":
         yield from _rows(path, name, text_key, max_bytes)
     else:
+        yield from _lines(path, name, text_key, max_bytes)
+
+
+def kind_of(path: str) -> str:
+    """txt, jsonl, ndjson or parquet, by the name; UserError for another kind."""
+    name = inputs.name(path).lower()
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    kind = name.rpartition(".")[2]
+    if kind not in ("txt", "jsonl", "ndjson", "parquet"):
         raise UserError(
             f"input={path}: its kind is unknown; files end in .txt, .jsonl, .ndjson or .parquet (and .gz, .zst)"
         )
+    return kind
 
 
 def _file(path: str, name: str, max_bytes: int) -> Document | Skipped:
@@ -52,7 +62,7 @@ def _file(path: str, name: str, max_bytes: int) -> Document | Skipped:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Skipped("broken encoding", name, str(error))
-    return Document(name, text, origin=name) if text.strip() else Skipped("no text", name)
+    return Document(name, _unix(text), origin=name) if text.strip() else Skipped("no text", name)
 
 
 def _lines(path: str, name: str, text_key: str, max_bytes: int) -> Iterator[Document | Skipped]:
@@ -131,7 +141,15 @@ def _rows(path: str, name: str, text_key: str, max_bytes: int) -> Iterator[Docum
 def _document(fields: Mapping[str, object], text_key: str, key: str, origin: str) -> Document | Skipped:
     text = fields.get(text_key)
     if not isinstance(text, str) or not text.strip():
-        return Skipped("no text", origin, f"the field {text_key!r} is missing, empty or no string")
+        return Skipped(f"no text in the field {text_key!r}", origin, f"of {', '.join(map(repr, fields))}")
     strings = {name: value for name, value in fields.items() if isinstance(value, str) and name != text_key}
-    known = {name: strings.pop(name) for name in _FIELDS if name in strings}
-    return Document(key, text, origin=origin, extra=strings, **known)
+    known = {name: strings[name] for name in _FIELDS if name in strings}
+    if not _LANGUAGE.fullmatch(known.get("language", "")):
+        known.pop("language", None)
+    extra = {"licence": strings["licence"][:_LICENCE_LENGTH]} if "licence" in strings else {}
+    return Document(key, _unix(text), origin=origin, extra=extra, **known)
+
+
+def _unix(text: str) -> str:
+    """With the line ends that the rules know."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -37,8 +37,8 @@ class GopherQuality:
 
     min_words: int = 50
     max_words: int = 100_000
-    min_word_length: float = 3
-    max_word_length: float = 10
+    min_word_length: float = 3.0
+    max_word_length: float = 10.0
     max_symbols_per_word: float = 0.1
     max_bullet_lines: float = 0.9
     max_ellipsis_lines: float = 0.3
