@@ -172,8 +172,10 @@ VERBS = {
     "prepare": Verb(
         summary="train the tokenizer and tokenize the data sets, once",
         explanation="The result lies in data.cache_dir and is shared by all runs with the same data. `train` does this "
-        "by itself; do it beforehand to keep it off expensive machines. Interrupted, the same command goes on.",
+        "by itself; do it beforehand to keep it off expensive machines. Interrupted, the same command goes on. Several "
+        "hosts that see the same data.cache_dir share the work: start it on each, with its --process_id.",
         example="llm-jax prepare --config=configs/quickstart.py",
+        flags=PROCESSES[1:],
         needs_workdir=False,
     ),
     "train": Verb(

@@ -1,15 +1,23 @@
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
+import threading
 
+import numpy as np
 import pytest
+from conftest import CONFIG, ROOT
 from tiny_corpus import TOPICS, write_corpus
 
-from llm_jax.config import Config, Data, Source, Tokenizer, UserError
+from llm_jax.config import Config, Data, Source, Tokenizer, Train, UserError
 from llm_jax.data import store_writer
+from llm_jax.data.stream import TrainStream
 from llm_jax.data.tokenizer import train_tokenizer
+from llm_jax.flags import load_config_file
 from llm_jax.jobs import prepare as job
-from llm_jax.jobs.prepare import cache_dir, prepare, run
+from llm_jax.jobs.prepare import cache_dir, prepare, run, summary, table
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
 
@@ -144,6 +152,154 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "variable"))
     assert cache_dir(Data()) == str(tmp_path / "variable")
     assert cache_dir(Data(cache_dir="~/field")) == str(tmp_path / "field")
+
+
+def test_lengths_and_epochs_are_those_of_the_stored_tokens(config, monkeypatch):
+    monkeypatch.setattr(job, "INDEX_AT_ONCE", 7)
+    prepared = prepare(config, say=nothing)
+    train = Train(steps=50, batch_size=6, sequence_length=1000)
+    result = summary(prepared, train)
+    for name, splits in result["sources"].items():
+        for split, stores in (("train", prepared.train), ("held_out", prepared.held_out)):
+            part = stores[name]
+            lengths = [len(part.document_tokens(i)) for i in range(part.num_documents)]
+            assert splits[split]["tokens_per_document"] == {
+                "mean": pytest.approx(np.mean(lengths)),
+                "median": pytest.approx(np.median(lengths)),
+                "percentile_95": pytest.approx(np.percentile(lengths, 95)),
+                "longest": max(lengths),
+            }
+            assert splits[split]["shorter_than_sequence"] == np.mean(np.array(lengths) < 1000)
+            assert splits[split]["tokens"] == sum(lengths)
+    epochs = TrainStream(prepared.train, prepared.weights, sequence_length=1000, batch_size=6, seed=0).epochs(50)
+    assert epochs == {name: pytest.approx(splits["train"]["epochs"]) for name, splits in result["sources"].items()}
+    lines = table(result).splitlines()
+    assert table(summary(prepared)).splitlines() == lines[:6]  # the tokenizer and a table of five lines
+    first = result["sources"]["first"]["train"]
+    *_, longest, below, epochs = lines[8].split()
+    assert longest == f"{first['tokens_per_document']['longest']:,}" and epochs == f"{first['epochs']:.3f}"
+    assert below == f"{first['shorter_than_sequence']:.1%}" and len(lines) == 12
+    assert lines[9].endswith("%")  # held-out text has no epochs
+
+
+def test_a_process_of_several_is_named_whole():
+    for given, message in {
+        (2, None): "belong together; give --process_id, too",
+        (None, 0): "belong together; give --num_processes, too",
+        (2, 2): "--process_id=2 must be less than --num_processes=2",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            job.part_of(*given)
+    assert job.part_of(None, None) == job.part_of(1, 0) == store_writer.ALL
+
+
+SECONDS_TO_END = 240
+PROGRAM = """
+import os, signal
+from llm_jax.cli import entry
+from llm_jax.data import store_writer
+
+store_writer.SMALLEST_SHARD, store_writer.SECONDS_BETWEEN_LOOKS = 12_000, 0.05
+{more}
+entry()
+"""
+KILLS_ITSELF = """
+write, shards = store_writer.write_shard, []
+
+def write_shard(shard, *, report, **arguments):
+    shards.append(shard)
+    write(shard, report=report if len(shards) < 3 else lambda _: os.kill(os.getpid(), signal.SIGKILL), **arguments)
+
+store_writer.write_shard = write_shard
+"""
+
+
+@pytest.fixture
+def host(tiny, tmp_path):
+    """Starts `llm-jax prepare` with tests/tiny.py as one of several processes whose cache is tmp_path."""
+    processes = []
+
+    def start(number: int, count: int, more: str = "") -> subprocess.Popen:
+        many = [f"--num_processes={count}", f"--process_id={number}", "--config.data.num_workers=1"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(more=more), "prepare", f"--config={CONFIG}", *many],
+            cwd=ROOT, env=tiny.environment | {"LLM_JAX_CACHE": str(tmp_path)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        timer = threading.Timer(SECONDS_TO_END, process.kill)  # so that a hang is a failure
+        timer.start()
+        processes.append((process, timer))
+        return process
+
+    yield start
+    for process, timer in processes:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def line_with(process: subprocess.Popen, text: str) -> str:
+    """The next line it prints that has the text."""
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return line
+    raise AssertionError(f"no {text!r} in {''.join(lines)}")
+
+
+def contents(cache: pathlib.Path) -> dict[str, bytes]:
+    paths = [*cache.glob("tokens/*/*"), *cache.glob("tokenizers/*")]
+    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def by_one_process(tiny, tmp_path_factory) -> dict[str, bytes]:
+    """What one process makes of it."""
+    config = load_config_file(str(CONFIG))
+    config.data.data_dir, config.data.num_workers = str(tiny.data_dir), 1
+    config.data.cache_dir = str(tmp_path_factory.mktemp("one"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_writer, "SMALLEST_SHARD", 12_000)
+        prepare(config, say=nothing)
+    files = contents(pathlib.Path(config.data.cache_dir))
+    assert sum(".array_record-" in path for path in files) > 10 and sum("store.json" in path for path in files) == 2
+    return files
+
+
+def test_a_host_is_killed_and_comes_again(host, by_one_process, tmp_path):
+    second = host(1, 2, more=KILLS_ITSELF)
+    assert "waiting: process 0 has to train the tokenizer" in line_with(second, "waiting")
+    first = host(0, 2)
+    second.communicate()
+    assert second.returncode == -signal.SIGKILL
+    finished = sorted(tmp_path.glob("tokens/tiny-*/partial/train-*[13579]-of-*.npz"))
+    half = [path for path in tmp_path.glob("tokens/tiny-*/partial/*") if path.suffix != ".npz"]
+    assert len(finished) == 2 and half
+    shards = [tmp_path.glob(f"tokens/tiny-*/tokens-train.array_record-{path.name[6:20]}") for path in finished]
+    times = [path.stat().st_mtime_ns for paths in shards for path in paths]
+    assert "process 1 has" in line_with(first, "waiting: of the")
+    again = host(1, 2)
+    for process in (first, again):
+        output = process.communicate()[0]
+        assert process.returncode == 0 and "tokens/document" in output, output
+    assert contents(tmp_path) == by_one_process
+    shards = [tmp_path.glob(f"tokens/tiny-*/tokens-train.array_record-{path.name[6:20]}") for path in finished]
+    assert [path.stat().st_mtime_ns for paths in shards for path in paths] == times and len(times) == 2
+
+
+def test_a_host_comes_late(host, by_one_process, tmp_path):
+    first, third = host(0, 3), host(2, 3)
+    for process in (first, third):
+        assert "process 1 has" in line_with(process, "waiting: of the")
+    assert not list(tmp_path.glob("tokens/*/store.json"))
+    second = host(1, 3)
+    outputs = [process.communicate()[0] for process in (first, second, third)]
+    assert [process.returncode for process in (first, second, third)] == [0, 0, 0], outputs
+    assert contents(tmp_path) == by_one_process
+    assert len({output[output.index("tokenizer: ") :] for output in outputs}) == 1  # each prints the whole report
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real corpora are not at hand: {SHARED} is missing")

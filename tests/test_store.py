@@ -43,14 +43,18 @@ def opened(data_dir) -> list[Documents]:
     ]
 
 
-def prepare(data_dir, cache_dir, *, tokenizer=None, num_workers=1, skip_bad_documents=False, documents=None, say=print):
-    return store_writer.prepare_store(
+def prepare(
+    data_dir, cache_dir, *, tokenizer=None, num_workers=1, skip_bad_documents=False, documents=None, say=print,
+    part=store_writer.ALL, function=store_writer.prepare_store,
+):  # fmt: skip
+    return function(
         *(documents or opened(data_dir)),
         tokenizer or CharacterTokenizer(),
         cache_dir=str(cache_dir),
         num_workers=num_workers,
         skip_bad_documents=skip_bad_documents,
         say=say,
+        part=part,
     )
 
 
@@ -134,6 +138,47 @@ def test_the_number_of_workers_changes_no_byte(data_dir, stores, tmp_path):
     prepare(data_dir, tmp_path, num_workers=2)
     (folder,) = [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
     assert contents(folder) == contents(stores[0].folder)
+
+
+@pytest.mark.parametrize("count", [2, 3, 100])
+def test_the_number_of_hosts_changes_no_byte(data_dir, stores, tmp_path, count):
+    written = []
+    for number in reversed(range(count)):  # 100: most hosts have nothing to do
+        part = store_writer.Part(number, count)
+        prepare(data_dir, tmp_path, part=part, function=store_writer.write_part)
+        written.append({path.name for path in (tmp_path / "tokens").glob("*/tokens-*")})
+    everything = {path.name for path in pathlib.Path(stores[0].folder).glob("tokens-*")}
+    assert written[-1] == everything and len(written[0]) == (0 if count == 100 else len(everything) // count)
+    lines = []
+    prepare(data_dir, tmp_path, part=store_writer.Part(0, count), say=lines.append)
+    (folder,) = [path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]
+    assert contents(folder) == contents(stores[0].folder)
+    assert lines == []  # nobody was waited for
+
+
+HOLDS = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX, 1, 1); print(); input()"
+
+
+@pytest.mark.parametrize("part", [store_writer.ALL, store_writer.Part(1, 2)])
+def test_who_writes_the_same_is_waited_for_aloud(data_dir, stores, tmp_path, part):
+    name = pathlib.Path(stores[0].folder).name
+    lock = tmp_path / "tokens" / f"{name}.lock"
+    lock.parent.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin and other.stdout and other.stdout.readline() == "\n"  # it holds the lock of part 1
+        lines = []
+
+        def say(line: str) -> None:
+            lines.append(line)
+            other.communicate("\n")
+
+        prepare(data_dir, tmp_path, part=store_writer.Part(0, 2), say=say, function=store_writer.write_part)
+        assert lines == []
+        prepare(data_dir, tmp_path, part=part, say=say, function=store_writer.write_part)
+    assert lines == [f"waiting: another process is writing {lock.with_suffix('')}; if its host is gone, "
+                     f"delete {lock} and start again"]  # fmt: skip
 
 
 def test_a_complete_store_is_only_opened(data_dir, stores):
@@ -256,7 +301,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half(data_dir, stores,
     monkeypatch.setattr(
         store_writer,
         "ArrayRecordWriter",
-        lambda path, options: writer("/dev/full" if "00003" in path else path, options),
+        lambda path, options: writer("/dev/full" if "-00003." in path else path, options),
     )
     with pytest.raises(
         UserError, match="cannot write to .*tokens/tiny.*: .*No space left.*; make room or set data.cache_dir"

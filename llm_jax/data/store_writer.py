@@ -1,10 +1,12 @@
-"""Writing a token store: once, by parallel processes, and on from where an interrupted one stopped."""
+"""Writing a token store: once, by processes of one host or several, and on from where an interrupted one stopped."""
 
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,7 +15,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,6 +36,18 @@ SMALLEST_SHARD = 4_000_000  # bytes of text: a second of work
 LARGEST_SHARD = 256_000_000  # bytes of text: at most a few minutes of work are lost with the process
 SHARDS = 256  # wanted, between those sizes
 SECONDS_BETWEEN_LINES = 10
+SECONDS_BETWEEN_LOOKS = 1  # at what others have finished
+SECONDS_BETWEEN_REASONS = 60
+
+
+class Part(NamedTuple):
+    """What one of several hosts writes of each store: every count-th shard from number on."""
+
+    number: int
+    count: int
+
+
+ALL = Part(0, 1)
 
 
 def prepare_store(
@@ -43,10 +59,11 @@ def prepare_store(
     num_workers: int | None,
     skip_bad_documents: bool,
     say: Callable[[str], None] = print,
+    part: Part = ALL,
 ) -> tuple[TokenStore, TokenStore]:
     """Tokenizes what is not yet tokenized of a source and opens its store; does nothing if the store is complete.
 
-    The files depend on the documents and the tokenizer alone, not on the number of workers or on interruptions.
+    The files depend on the documents and the tokenizer alone, not on the number of workers, hosts or interruptions.
 
     Args:
       train, held_out: the two splits of the source
@@ -54,21 +71,47 @@ def prepare_store(
       cache_dir: the store goes into tokens/NAME-FINGERPRINT below it
       num_workers: processes; None: one per core
       skip_bad_documents: leave out documents that are not UTF-8, instead of stopping at the first
-      say: gets a line of progress now and then if standard error is no terminal (there, a bar is shown)
+      say: gets a line of progress now and then if standard error is no terminal (there, a bar is shown), and whenever
+        others are waited for
+      part: of several hosts that see the same cache_dir, each writes its own part and waits for the others; the first
+        then writes the index and the metadata
 
     Raises:
       UserError: bad documents, damaged files, a full disk, a worker that was killed. What is finished is kept.
     """
     fingerprint = store_fingerprint(train, held_out, tokenizer, skip_bad_documents)
     folder = store_folder(train, fingerprint, cache_dir)
+    documents = {"train": train, "held_out": held_out}
     if not is_complete(folder):
-        with sources.disk_errors(folder), sources.locked(f"{folder}.lock"):
+        with sources.disk_errors(folder), _locked(folder, part, say):
             if not is_complete(folder):  # another process may have written it while this one waited
-                documents = {"train": train, "held_out": held_out}
-                _write_store(folder, fingerprint, documents, tokenizer, num_workers, skip_bad_documents, say)
+                _write_shards(folder, documents, tokenizer, num_workers, skip_bad_documents, say, part)
+                wait_while(lambda: _waits_for(folder, documents, part), say)
+                if part.number == 0:
+                    _complete(folder, fingerprint, documents, tokenizer)
     train_store, held_out_store = (TokenStore(folder, split) for split in SPLITS)
     require_tokenizer(train_store, tokenizer)
     return train_store, held_out_store
+
+
+def write_part(
+    train: Documents,
+    held_out: Documents,
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: str,
+    num_workers: int | None,
+    skip_bad_documents: bool,
+    say: Callable[[str], None],
+    part: Part,
+) -> None:
+    """The part of prepare_store that waits for nobody: it tokenizes the shards of this host that are missing."""
+    fingerprint = store_fingerprint(train, held_out, tokenizer, skip_bad_documents)
+    folder = store_folder(train, fingerprint, cache_dir)
+    documents = {"train": train, "held_out": held_out}
+    if not is_complete(folder):
+        with sources.disk_errors(folder), _locked(folder, part, say):
+            _write_shards(folder, documents, tokenizer, num_workers, skip_bad_documents, say, part)
 
 
 def store_fingerprint(train: Documents, held_out: Documents, tokenizer: Tokenizer, skip_bad_documents: bool) -> str:
@@ -80,28 +123,84 @@ def store_folder(train: Documents, fingerprint: str, cache_dir: str) -> str:
     return os.path.join(cache_dir, "tokens", f"{re.sub(r'[^A-Za-z0-9.]+', '_', train.name)}-{fingerprint[:16]}")
 
 
-def _write_store(
+def missing_shards(folder: str, documents: dict[str, Documents], part: Part) -> list[Shard]:
+    """Those of a part that have still to be written."""
+    missing = [shard for shard in part_shards(documents, part) if not os.path.exists(shard.index_path(folder))]
+    # Asked last: when the store is complete, the marks of the finished shards are removed.
+    return [] if is_complete(folder) else missing
+
+
+def part_shards(documents: dict[str, Documents], part: Part) -> list[Shard]:
+    shards = [shard for split in SPLITS for shard in plan_shards(split, documents[split])]
+    return shards[part.number :: part.count]
+
+
+def wait_while(reason: Callable[[], str], say: Callable[[str], None]) -> None:
+    """Returns when there is no reason to wait any more; says it at once and then every minute."""
+    said = -math.inf
+    while text := reason():
+        if time.monotonic() > said + SECONDS_BETWEEN_REASONS:
+            said = time.monotonic()
+            say(f"waiting: {text}")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _waits_for(folder: str, documents: dict[str, Documents], part: Part) -> str:
+    """Whom a part waits for when its own shards are there; process 0 for all shards, the others for the whole store."""
+    shards = part_shards(documents, ALL)
+    missing = set(missing_shards(folder, documents, ALL))
+    todo = collections.Counter(i % part.count for i, shard in enumerate(shards) if shard in missing)
+    if todo:
+        whose = ", ".join(f"process {number} has {todo[number]} to write" for number in sorted(todo))
+        return f"of the {len(shards)} shards of {documents['train'].name}, {whose}: {folder}"
+    return "" if part.number == 0 or is_complete(folder) else f"process 0 has to write the index of {folder}"
+
+
+@contextlib.contextmanager
+def _locked(folder: str, part: Part, say: Callable[[str], None]) -> Iterator[None]:
+    """Alone on the store; or, as one of several hosts, alone on its part. The lock goes with the process.
+
+    A host locks one byte of the file, a process that does all of it the whole file. Where locks do not reach over
+    hosts, the shards are right all the same: they appear by rename, and whoever writes one writes the same bytes.
+    """
+    path = f"{folder}.lock"  # beside the folder: NFS keeps a file that is open, and so would the folder "partial"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    length, start = (0, 0) if part.count == 1 else (1, part.number)
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+        except (BlockingIOError, PermissionError):  # either may mean that it is taken: fcntl(2)
+            say(f"waiting: another process is writing {folder}; if its host is gone, delete {path} and start again")
+            fcntl.lockf(file, fcntl.LOCK_EX, length, start)
+        yield
+
+
+def _write_shards(
     folder: str,
-    fingerprint: str,
     documents: dict[str, Documents],
     tokenizer: Tokenizer,
     num_workers: int | None,
     skip_bad_documents: bool,
     say: Callable[[str], None],
+    part: Part,
 ) -> None:
+    """Writes the shards of a part that are missing."""
+    missing = missing_shards(folder, documents, part)
+    if not missing:
+        return
     partial = os.path.join(folder, "partial")
     os.makedirs(partial, exist_ok=True)
+    mine = {f"{shard.split}-{shard.number:05d}" for shard in missing}
     for file in os.listdir(partial):
-        if not file.endswith(".npz"):
+        if file.partition(".")[0] in mine:
             os.unlink(os.path.join(partial, file))  # the beginnings of a process that was killed
-    plan = {split: plan_shards(split, documents[split]) for split in SPLITS}
-    missing = [shard for split in SPLITS for shard in plan[split] if not os.path.exists(shard.index_path(folder))]
     write = functools.partial(
         write_shard, documents=documents, tokenizer=tokenizer, folder=folder, skip_bad_documents=skip_bad_documents
     )
-    total = sum(len(d) for d in documents.values())
-    with Progress(documents["train"].name, total, say) as progress:
-        progress.add(total - sum(shard.last - shard.first for shard in missing))
+    name = documents["train"].name + (f", process {part.number} of {part.count}" if part.count > 1 else "")
+    total = num_documents(part_shards(documents, part))
+    with Progress(name, total, say) as progress:
+        progress.add(total - num_documents(missing))
         num_workers = min(num_workers or num_cores(), len(missing))
         if num_workers > 1:
             _write_in_processes(missing, write, num_workers, progress.add)
@@ -109,19 +208,27 @@ def _write_store(
             for shard in missing:
                 write(shard, report=progress.add)
 
+
+def _complete(folder: str, fingerprint: str, documents: dict[str, Documents], tokenizer: Tokenizer) -> None:
+    """Writes the index and the metadata of a store all of whose shards are there."""
     description = {
         "format": FORMAT,
         "name": documents["train"].name,
         "fingerprint": fingerprint,
         "tokenizer_sha256": tokenizer.sha256,
         "dtype": token_dtype(tokenizer).str,
-        "splits": {split: _merge_index(folder, plan[split], documents[split]) for split in SPLITS},
+        "splits": {split: _merge_index(folder, split, documents[split]) for split in SPLITS},
     }
     _write_tfds_metadata(folder, description)
+    partial = os.path.join(folder, "partial")
     with open(os.path.join(partial, "store.json"), "w") as file:
         json.dump(description, file, indent=2)
     os.replace(file.name, os.path.join(folder, "store.json"))
     shutil.rmtree(partial)
+
+
+def num_documents(shards: Sequence[Shard]) -> int:
+    return sum(shard.last - shard.first for shard in shards)
 
 
 def plan_shards(split: str, documents: Documents) -> list[Shard]:
@@ -155,7 +262,7 @@ def write_shard(
     dtype = token_dtype(tokenizer)
     index = []
     empty = bad = 0
-    temporary = os.path.join(folder, "partial", f"{shard.split}-{shard.number:05d}.{os.getpid()}")
+    temporary = os.path.join(folder, "partial", f"{shard.split}-{shard.number:05d}.{uuid.uuid4().hex}")
     with sources.disk_errors(folder):
         # A record is a chunk of its own, so that reading one decompresses one.
         writer = ArrayRecordWriter(temporary, "group_size:1")
@@ -242,10 +349,10 @@ def _work(pipe: multiprocessing.connection.Connection, write: Callable) -> None:
             pipe.send("done")
 
 
-def _merge_index(folder: str, shards: Sequence[Shard], documents: Documents) -> dict:
+def _merge_index(folder: str, split: str, documents: Documents) -> dict:
     """Joins the shards' parts of the index; returns the counts of the split."""
     parts = []
-    for shard in shards:
+    for shard in plan_shards(split, documents):
         with np.load(shard.index_path(folder)) as part:
             parts.append({name: part[name] for name in part.files})
     tokens, num_bytes, words = np.concatenate([part["index"] for part in parts]).T
@@ -254,7 +361,6 @@ def _merge_index(folder: str, shards: Sequence[Shard], documents: Documents) -> 
             f"data.sources: split {documents.split!r} of {documents.name!r} has only empty or bad documents; "
             "give another one"
         )
-    split = shards[0].split
     np.save(os.path.join(folder, f"{split}.ends.npy"), np.cumsum(tokens))
     np.save(os.path.join(folder, f"{split}.bytes.npy"), num_bytes.astype(np.uint32))
     np.save(os.path.join(folder, f"{split}.words.npy"), words.astype(np.uint32))

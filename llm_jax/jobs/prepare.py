@@ -7,19 +7,24 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 from llm_jax import config
 from llm_jax.config import Config, UserError
 from llm_jax.data import sources, store_writer
 from llm_jax.data.sources import Documents
 from llm_jax.data.store import TokenStore
+from llm_jax.data.store_writer import ALL, Part
 from llm_jax.data.tokenizer import SETTINGS, Tokenizer, load_tokenizer, sample_texts, train_tokenizer
 
 SAMPLED_BYTES = 1_000_000  # of text, tokenized to estimate how long the rest takes
+INDEX_AT_ONCE = 1 << 20  # documents whose lengths are looked at
 SAMPLE_SEED = 0  # of the text the tokenizer is trained on: the same tokenizer whatever train.seed
 
 
@@ -33,12 +38,13 @@ class Prepared:
     weights: dict[str, float]  # as in the config, for training
 
 
-def prepare(config: Config, *, say: Callable[[str], None] = print) -> Prepared:
+def prepare(config: Config, *, say: Callable[[str], None] = print, part: Part = ALL) -> Prepared:
     """Opens the sources, trains or loads the tokenizer and writes the token stores, as far as they are not there.
 
     Args:
       config: the sections tokenizer and data
-      say: gets a line for each stage that takes time
+      say: gets a line for each stage that takes time, and whenever other processes are waited for
+      part: of several hosts, each tokenizes its part; the first trains the tokenizer and completes the stores
 
     Raises:
       UserError: bad input, or a disk that cannot be written
@@ -50,19 +56,27 @@ def prepare(config: Config, *, say: Callable[[str], None] = print) -> Prepared:
         train, held_out = {}, {}
         for name, source in names.items():
             train[name], held_out[name] = open_splits(source, config.data.data_dir, cache, say)
-        tokenizer = make_tokenizer(config, train, cache, say)
-        stores = {}
-        for name in names:
-            announce(train[name], held_out[name], tokenizer, config.data, cache, say)
-            stores[name] = store_writer.prepare_store(
-                train[name],
-                held_out[name],
-                tokenizer,
-                cache_dir=cache,
-                num_workers=config.data.num_workers,
-                skip_bad_documents=config.data.skip_bad_documents,
-                say=say,
-            )
+        tokenizer = make_tokenizer(config, train, cache, say, part)
+
+        def each(function: Callable) -> dict:
+            results = {}
+            for name in names:
+                announce(train[name], held_out[name], tokenizer, config.data, cache, say, part)
+                results[name] = function(
+                    train[name],
+                    held_out[name],
+                    tokenizer,
+                    cache_dir=cache,
+                    num_workers=config.data.num_workers,
+                    skip_bad_documents=config.data.skip_bad_documents,
+                    say=say,
+                    part=part,
+                )
+            return results
+
+        if part.count > 1:
+            each(store_writer.write_part)  # of all stores, before the first wait for the other hosts
+        stores = each(store_writer.prepare_store)
     return Prepared(
         tokenizer=tokenizer,
         train={name: pair[0] for name, pair in stores.items()},
@@ -71,12 +85,31 @@ def prepare(config: Config, *, say: Callable[[str], None] = print) -> Prepared:
     )
 
 
-def run(config: Config, workdir: str | None = None, as_json: bool = False) -> None:
+def run(
+    config: Config,
+    workdir: str | None = None,
+    as_json: bool = False,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
     """The verb: prepares and prints a table or JSON. A workdir is not needed and not touched."""
     del workdir
-    say = functools.partial(print, file=sys.stderr) if as_json else print
-    result = summary(prepare(config, say=say))
+    part = part_of(num_processes, process_id)
+    say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    result = summary(prepare(config, say=say, part=part), config.train)
     print(json.dumps(result, indent=2) if as_json else table(result))
+
+
+def part_of(num_processes: int | None, process_id: int | None) -> Part:
+    """The part of this host, from its flags."""
+    if num_processes is None and process_id is None:
+        return ALL
+    if num_processes is None or process_id is None:
+        missing = "--num_processes" if num_processes is None else "--process_id"
+        raise UserError(f"--num_processes and --process_id belong together; give {missing}, too")
+    if process_id >= num_processes:
+        raise UserError(f"--process_id={process_id} must be less than --num_processes={num_processes}")
+    return Part(process_id, num_processes)
 
 
 def cache_dir(data: config.Data) -> str:
@@ -107,7 +140,9 @@ def open_splits(
     return train, held_out
 
 
-def make_tokenizer(config: Config, train: dict[str, Documents], cache: str, say: Callable[[str], None]) -> Tokenizer:
+def make_tokenizer(
+    config: Config, train: dict[str, Documents], cache: str, say: Callable[[str], None], part: Part
+) -> Tokenizer:
     """The given tokenizer, or one trained on a sample of the sources, or that one as it was trained before."""
     settings = config.tokenizer
     if settings.model_file is not None:
@@ -121,6 +156,9 @@ def make_tokenizer(config: Config, train: dict[str, Documents], cache: str, say:
     identity = [settings.kind, settings.vocab_size, settings.train_bytes, SAMPLE_SEED, SETTINGS, skip_bad, sampled]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = os.path.join(cache, "tokenizers", f"{fingerprint[:16]}.model")
+    if part.number > 0:
+        reason = f"process 0 has to train the tokenizer {path}"
+        store_writer.wait_while(lambda: "" if os.path.exists(path) else reason, say)
     if os.path.exists(path):
         return load_tokenizer(path)
     with sources.locked(os.path.join(cache, "tokenizers.lock")):
@@ -144,10 +182,13 @@ def announce(
     data: config.Data,
     cache: str,
     say: Callable[[str], None],
+    part: Part,
 ) -> None:
-    """Says how long the tokenizing of a source will take, from a small sample; nothing if it is done."""
+    """Says how long the tokenizing of a source will take here, from a small sample; nothing if it is done."""
     fingerprint = store_writer.store_fingerprint(train, held_out, tokenizer, data.skip_bad_documents)
-    if store_writer.is_complete(store_writer.store_folder(train, fingerprint, cache)):
+    folder = store_writer.store_folder(train, fingerprint, cache)
+    missing = store_writer.missing_shards(folder, {"train": train, "held_out": held_out}, part)
+    if not missing:
         return
     sample = list(sample_texts([train], [1.0], SAMPLED_BYTES, SAMPLE_SEED, data.skip_bad_documents))
     if not any(sample):
@@ -156,10 +197,11 @@ def announce(
     tokenizer.encode(sample)
     bytes_per_second = sum(len(text.encode()) for text in sample) / max(time.monotonic() - begin, 1e-6)
     workers = data.num_workers or store_writer.num_cores()
-    num_bytes = train.num_bytes + held_out.num_bytes
+    documents = store_writer.num_documents(missing)
+    num_bytes = (train.num_bytes + held_out.num_bytes) * documents / (len(train) + len(held_out))
     seconds = num_bytes / bytes_per_second / min(workers, store_writer.num_cores())
     say(
-        f"tokenizing {train.name}: {len(train) + len(held_out):,} documents, {num_bytes / 1e6:,.1f} MB, "
+        f"tokenizing {train.name}: {documents:,} documents, {num_bytes / 1e6:,.1f} MB, "
         f"{workers} worker{'s' if workers > 1 else ''}, about {duration(seconds)}"
     )
 
@@ -170,46 +212,101 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def summary(prepared: Prepared) -> dict:
-    """Counts for each source and split, and the tokenizer's."""
-    return {
+def summary(prepared: Prepared, train: config.Train | None = None) -> dict:
+    """Counts for each source and split, and the tokenizer's.
+
+    Args:
+      train: adds the lengths of the documents, in tokens with bos and eos, the share of those shorter than
+        train.sequence_length, and how often train.steps updates go through each source (epochs)
+    """
+    shares = {name: weight / sum(prepared.weights.values()) for name, weight in prepared.weights.items()}
+    result = {
         "tokenizer": {
             "kind": prepared.tokenizer.kind,
             "vocab_size": prepared.tokenizer.vocab_size,
             "sha256": prepared.tokenizer.sha256,
         },
         "sources": {
-            name: {
-                split: {
-                    "documents": part.num_documents,
-                    "tokens": part.num_tokens,
-                    "bytes": part.num_bytes,
-                    "words": part.num_words,
-                    "bytes_per_token": part.num_bytes / part.num_tokens,
-                    "empty_documents": part.num_empty,
-                    "bad_documents": part.num_bad,
-                    "folder": part.folder,
-                }
-                for split, part in (("train", prepared.train[name]), ("held_out", prepared.held_out[name]))
-            }
+            name: {"train": counts(prepared.train[name]), "held_out": counts(prepared.held_out[name])}
             for name in prepared.train
         },
+    }
+    if train is not None:
+        for name, splits in result["sources"].items():
+            for part, split in ((prepared.train[name], "train"), (prepared.held_out[name], "held_out")):
+                splits[split] |= lengths(part, train.sequence_length)
+            rows = train.steps * train.batch_size * shares[name]
+            windows = math.ceil((prepared.train[name].num_tokens - 1) / train.sequence_length)  # see data/stream.py
+            splits["train"]["epochs"] = rows / windows
+    return result
+
+
+def counts(part: TokenStore) -> dict:
+    return {
+        "documents": part.num_documents,
+        "tokens": part.num_tokens,
+        "bytes": part.num_bytes,
+        "words": part.num_words,
+        "bytes_per_token": part.num_bytes / part.num_tokens,
+        "empty_documents": part.num_empty,
+        "bad_documents": part.num_bad,
+        "folder": part.folder,
+    }
+
+
+def lengths(part: TokenStore, sequence_length: int) -> dict:
+    """How long the documents are, in tokens. Percentiles are those between two documents, as numpy's."""
+    num_of_length = np.zeros(1, np.int64)  # documents with 0, 1, 2, ... tokens
+    for first in range(0, part.num_documents, INDEX_AT_ONCE):
+        begin = part.ends[first - 1] if first else 0
+        tokens = np.diff(part.ends[first : first + INDEX_AT_ONCE], prepend=begin)
+        counted = np.bincount(tokens, minlength=len(num_of_length))
+        counted[: len(num_of_length)] += num_of_length
+        num_of_length = counted
+    num_up_to = np.cumsum(num_of_length)
+
+    def percentile(percent: float) -> float:
+        place = percent / 100 * (part.num_documents - 1)
+        below, above = np.searchsorted(num_up_to, [math.floor(place), math.ceil(place)], side="right")
+        return float(below + (above - below) * (place % 1))
+
+    return {
+        "tokens_per_document": {
+            "mean": part.num_tokens / part.num_documents,
+            "median": percentile(50),
+            "percentile_95": percentile(95),
+            "longest": len(num_of_length) - 1,
+        },
+        "shorter_than_sequence": int(num_of_length[:sequence_length].sum()) / part.num_documents,
     }
 
 
 def table(result: dict) -> str:
-    rows: list[tuple[str, ...]] = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "empty", "bad")]
+    """The summary as text: counts, and below them the lengths and epochs if it has them."""
+    t = result["tokenizer"]
+    heading = f"tokenizer: {t['kind']}, {t['vocab_size']:,} pieces, sha256 {t['sha256'][:16]}"
+    counted = [("source", "split", "documents", "tokens", "bytes", "bytes/token", "empty", "bad")]
+    measured = [("source", "split", "tokens/document", "median", "95%", "longest", "below a sequence", "epochs")]
     for name, splits in result["sources"].items():
         for split, n in splits.items():
-            counts = [n["documents"], n["tokens"], n["bytes"]]
-            rows.append(
-                (name, split, *(f"{c:,}" for c in counts), f"{n['bytes_per_token']:.3f}",
-                 str(n["empty_documents"]), str(n["bad_documents"]))
-            )  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(row[c].ljust(width) if c < 2 else row[c].rjust(width) for c, width in enumerate(widths))
+            numbers = (f"{n[key]:,}" for key in ("documents", "tokens", "bytes"))
+            left_out = (f"{n[key]:,}" for key in ("empty_documents", "bad_documents"))
+            counted.append((name, split, *numbers, f"{n['bytes_per_token']:.3f}", *left_out))
+            if length := n.get("tokens_per_document"):
+                numbers = (f"{length[key]:,.0f}" for key in ("mean", "median", "percentile_95", "longest"))
+                epochs = f"{n['epochs']:,.3f}" if "epochs" in n else ""
+                measured.append((name, split, *numbers, f"{n['shorter_than_sequence']:.1%}", epochs))
+    return "\n".join([heading, aligned(counted), *(["", aligned(measured)] if len(measured) > 1 else [])])
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Columns: the first two to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if c < 2 else cell.rjust(width)
+            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
-    ]
-    t = result["tokenizer"]
-    return "\n".join([f"tokenizer: {t['kind']}, {t['vocab_size']:,} pieces, sha256 {t['sha256'][:16]}", *lines])
+    )
+    return "\n".join(line.rstrip() for line in lines)
