@@ -70,6 +70,7 @@ setup(
             "hypothesis>=6.100",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
         ],
     },

@@ -337,8 +337,10 @@ class ResolveNearDuplicates:
                 continue
             document = Document.from_bytes(value)
             first, size = cluster[0][:ID_BYTES], int.from_bytes(cluster[0][ID_BYTES:], "big")
-            if first == key:
-                _count_cluster("near" if self.remove else "near, kept", size, document, stats)
+            if first == key and self.remove:
+                _count_cluster("near", size, document, stats)
+            elif first == key:
+                stats.count(f"near-duplicates/clusters of {size} kept together")
             if not self.remove:
                 document.extra["cluster"] = first.hex()
                 yield key, document.to_bytes()
