@@ -242,6 +242,28 @@ def test_wrong_flags(tmp_path, capsys, flags, words):
     assert words in error and error.count("\n") == 1
 
 
+@pytest.mark.soak
+def test_beam_makes_the_same_records(tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra [beam]")
+    chance = random.Random(0)
+    words = [f"word{n}" for n in range(40)]
+    texts = [" ".join(chance.choices(words, k=60)) for _ in range(40)]
+    texts += [texts[0].upper(), texts[1] + " more", " ".join(texts[2].split()[:30] + texts[3].split()[:30])]
+    for part in range(2):
+        lines = [json.dumps({"text": text}) for text in texts[part::2]]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "evaluation.txt").write_text(" ".join(texts[5].split()[10:30]))
+    flags = (f"--input={tmp_path}/*.jsonl", "--name=mine", "--test=0.2", f"--evaluation={tmp_path}/evaluation.txt")
+    build("text", tmp_path / "here", *flags)
+    build("text", tmp_path / "beam", *flags, "--runner=--runner=DirectRunner")
+    assert records(tmp_path / "here" / "mine") == records(tmp_path / "beam" / "mine")
+    cards = [card(tmp_path / place / "mine" / "1.0.0") for place in ("here", "beam")]
+    for found in cards:
+        del found["date"], found["command"]
+    assert cards[0] == cards[1]
+    assert {row["reason"] for row in cards[0]["dropped"]} == {"exact duplicate", "near-duplicate", "contaminated"}
+
+
 def test_what_the_user_has_in_the_workdir_stays(tmp_path):
     workdir = tmp_path / "work"
     workdir.mkdir()
