@@ -60,6 +60,14 @@ def test_the_stats_of_all_bundles_are_merged():
 
 
 def test_a_folder_holds_one_build(texts, tmp_path):
-    (tmp_path / beam.BUILT).touch()
-    with pytest.raises(UserError, match=f"^output={tmp_path}: a build was finished here; delete it"):
-        beam.run_beam(tiny_steps.word_build(texts), str(tmp_path), num_shards=1, pipeline_args=[])
+    steps = tiny_steps.word_build(texts)
+    first = beam.run_beam(steps, str(tmp_path), num_shards=1, pipeline_args=[])
+    built = (tmp_path / beam.BUILT).stat()
+    again = beam.run_beam(steps, str(tmp_path), num_shards=1, pipeline_args=[])
+    assert (tmp_path / beam.BUILT).stat() == built, "it was run again"
+    assert {name: list(pairs) for name, pairs in again.collections.items()} == {
+        name: list(pairs) for name, pairs in first.collections.items()
+    }
+    assert again.total.to_json() == first.total.to_json()
+    with pytest.raises(UserError, match=f"^{tmp_path}/{beam.BUILT}: another build was finished here"):
+        beam.run_beam(tiny_steps.word_build(texts[:1]), str(tmp_path), num_shards=1, pipeline_args=[])
