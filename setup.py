@@ -64,8 +64,10 @@ setup(
         "build": BUILD,
         # In an environment of its own: Beam wants protobuf 6 and sentencepiece brings code of protobuf 7.
         "beam": ["apache-beam>=2.60,<3", *BUILD],
+        "benchmarks": ["matplotlib>=3.8,<4"],
         "test": [
             *BUILD,
+            "jax[tpu]>=0.10,<0.13",  # compiles for TPUs, without one
             "mwparserfromhell>=0.6",
             "warcio>=1.7",
             "hypothesis>=6.100",

@@ -70,7 +70,7 @@ class Verb:
 
 PROCESSES = (
     Flag("coordinator", "string", "HOST:PORT of process 0, for a run of several processes"),
-    Flag("num_processes", "integer", "of the run", {"lower_bound": 1}),
+    Flag("num_processes", "integer", "of the run; 1 alone: a process by itself", {"lower_bound": 1}),
     Flag("process_id", "integer", "of this process: 0, 1, ...", {"lower_bound": 0}),
 )
 EMA = Flag("ema", "boolean", "use the average of the parameters; see train.ema_decay", default=False)
@@ -176,6 +176,21 @@ VERBS = {
         "hosts that see the same data.cache_dir share the work: start it on each, with its --process_id.",
         example="llm-jax prepare --config=configs/quickstart.py",
         flags=PROCESSES[1:],
+        needs_workdir=False,
+    ),
+    "plan": Verb(
+        summary="say whether a run fits on a machine, how fast it will be and what it costs, before it is paid for",
+        explanation="By formulas, at once and on any computer: memory by class, seconds of an update, which exchanges "
+        "are waited for, days and chip-hours. A run that does not fit is an answer, too: with what to change.",
+        example="llm-jax plan --config=configs/llama_8b.py --topology=v5p:4x4x4 --search",
+        flags=(
+            Flag("topology", "string", "CHIP:SHAPE of one slice, such as v5e:4x4, v5p:4x4x8, v7x:4x4x4; or h100:64"),
+            Flag("slices", "integer", "how many of it, joined by the data-centre network", {"lower_bound": 1}, 1),
+            Flag("search", "boolean", "rank the meshes, with remat policies and microbatches", default=False),
+            Flag("compile", "boolean", "compile the update for it, too; needs the extra [tpu], no TPU", default=False),
+            Flag("price", "float", "of a chip-hour, in any currency", {"lower_bound": 0.0}),
+            Flag("tokens", "float", "to train on, such as 2e12; default: train.steps updates", {"lower_bound": 1.0}),
+        ),
         needs_workdir=False,
     ),
     "train": Verb(

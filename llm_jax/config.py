@@ -10,6 +10,7 @@ import typing
 
 ACTIVATIONS = ("swiglu", "gelu")
 DTYPES = ("auto", "bfloat16", "float32")
+KINDS = ("dense", "moe")
 LAYERS = ("auto", "scan", "unroll")
 NORMS = ("rmsnorm", "layernorm")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
@@ -46,6 +47,11 @@ class Model:
         "auto"  # scan: one compiled block | unroll: compiled one by one; auto: unroll on one CPU device (faster there)
     )
     remat: str = "none"  # what the backward pass recomputes: none | dots (all but matmuls) | full
+    pattern: tuple[str, ...] = ("dense",)  # the layers, repeated: dense | moe (a mixture of experts); scanned together
+    num_experts: int | None = None  # of each moe layer
+    experts_per_token: int = 2  # how many of them a token goes to
+    num_shared_experts: int = 0  # that every token goes to, besides
+    expert_width: int | None = None  # feed-forward width of one expert; None: that of a dense layer
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -71,7 +77,7 @@ class Source:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Data:
-    sources: tuple[Source, ...] = (Source(name="python_docs"),)
+    sources: tuple[Source, ...] = dataclasses.field(default_factory=lambda: (Source(name="python_docs"),))
     data_dir: str | None = None  # where tfds datasets lie; None: TFDS_DATA_DIR, else ~/tensorflow_datasets
     cache_dir: str | None = (
         None  # tokenizers and token stores, shared by runs; None: LLM_JAX_CACHE, else ~/.cache/llm_jax
@@ -101,9 +107,14 @@ class Optimizer:
 class Parallel:
     """The mesh: sizes of its axes. Their product is the number of devices."""
 
+    auto: bool = False  # the planner picks all sizes for the devices there are, and says which and why
     replica: int = 1  # copies of the parameters; across slices
+    stage: int = 1  # layers sharded: a pipeline, through which train.microbatches go one behind the other
+    rounds: int = 1  # groups of layers that each stage holds: how often a microbatch goes round the pipeline
     fsdp: int | None = None  # parameters and batch sharded; None: all devices the other axes leave
-    tensor: int = 1  # heads, feed-forward and vocabulary sharded
+    expert: int = 1  # experts sharded, tokens exchanged; parameters and batch of other layers as by fsdp
+    context: int = 1  # sequence sharded, keys and values gathered; parameters as by fsdp
+    tensor: int = 1  # heads, feed-forward and vocabulary sharded, and the sequence between blocks
     heartbeat_seconds: int | None = None  # a process that the others have not heard of for so long ends the run; None:
     # 4 on CPU, 60 elsewhere
     num_cpu_devices: int | None = None  # simulate that many devices on CPU
@@ -120,6 +131,9 @@ class Train:
     loss_chunk: int | None = (
         None  # tokens per device whose logits exist at once; None: as many as 256 MiB of logits allow
     )
+    load_balance_loss: float = 0.01  # weight of the loss that evens out the load of experts; 0: off
+    router_z_loss: float = 0.001  # weight of log(Z)^2 of the routers; 0: off
+    router_bias_rate: float | None = None  # so much a step moves the bias that evens out the load without a loss
     ema_decay: float | None = None  # an exponential moving average of the parameters is kept and saved; None: off
 
 
@@ -226,6 +240,9 @@ def validate(config: Config) -> None:
     one_of("model.norm", m.norm, NORMS)
     one_of("model.position", m.position, POSITIONS)
     one_of("model.remat", m.remat, REMATS)
+    require(len(m.pattern) > 0, "model.pattern is empty; give at least one kind of layer, such as dense")
+    for kind in m.pattern:
+        one_of("model.pattern", kind, KINDS)
     one_of("optimizer.name", o.name, OPTIMIZERS)
     one_of("optimizer.schedule", o.schedule, SCHEDULES)
     one_of("spikes.action", config.spikes.action, SPIKES)
@@ -238,6 +255,10 @@ def validate(config: Config) -> None:
         model__feed_forward_width=m.feed_forward_width, data__num_workers=config.data.num_workers,
         optimizer__decay_steps=o.decay_steps, parallel__replica=config.parallel.replica,
         parallel__fsdp=config.parallel.fsdp, parallel__tensor=config.parallel.tensor,
+        parallel__stage=config.parallel.stage, parallel__rounds=config.parallel.rounds,
+        parallel__expert=config.parallel.expert, parallel__context=config.parallel.context,
+        model__num_experts=m.num_experts, model__experts_per_token=m.experts_per_token,
+        model__expert_width=m.expert_width,
         parallel__num_cpu_devices=config.parallel.num_cpu_devices, train__steps=t.steps,
         train__batch_size=t.batch_size, train__sequence_length=t.sequence_length, train__microbatches=t.microbatches,
         train__loss_chunk=t.loss_chunk, checkpoint__every=config.checkpoint.every,
@@ -253,7 +274,8 @@ def validate(config: Config) -> None:
         tokenizer__train_bytes=config.tokenizer.train_bytes,
     )  # fmt: skip
     at_least(0, optimizer__warmup_steps=o.warmup_steps, optimizer__weight_decay=o.weight_decay, train__seed=t.seed,
-             train__z_loss=t.z_loss)  # fmt: skip
+             train__z_loss=t.z_loss, train__load_balance_loss=t.load_balance_loss,
+             train__router_z_loss=t.router_z_loss, model__num_shared_experts=m.num_shared_experts)  # fmt: skip
     at_least(8, spikes__window=config.spikes.window)
     at_least(smallest_vocabulary, tokenizer__vocab_size=config.tokenizer.vocab_size)
 
@@ -261,7 +283,8 @@ def validate(config: Config) -> None:
         "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta,
         "model.logit_soft_cap": m.logit_soft_cap, "optimizer.peak_learning_rate": o.peak_learning_rate,
         "optimizer.epsilon": o.epsilon,
-        "optimizer.clip_norm": o.clip_norm, "spikes.threshold": config.spikes.threshold,
+        "optimizer.clip_norm": o.clip_norm, "train.router_bias_rate": t.router_bias_rate,
+        "spikes.threshold": config.spikes.threshold,
         "checkpoint.notice_seconds": config.checkpoint.notice_seconds,
         **{f"watchdog.{field}": seconds for field, seconds in dataclasses.asdict(config.watchdog).items()},
     }.items():  # fmt: skip
@@ -294,6 +317,35 @@ def validate(config: Config) -> None:
             m.position != "sinusoidal" or m.width % 2 == 0,
             f"model.position='sinusoidal' needs an even model.width, not {m.width}",
         )
+        require(
+            m.num_layers % len(m.pattern) == 0,
+            f"model.num_layers={m.num_layers} must be a multiple of the {len(m.pattern)} layers of model.pattern; try "
+            f"{-(-m.num_layers // len(m.pattern)) * len(m.pattern)}",
+        )
+        routed = "moe" in m.pattern
+        require(
+            routed == (m.num_experts is not None),
+            f"model.num_experts={m.num_experts} and model.pattern={m.pattern} contradict each other: layers of the "
+            "kind moe have experts, and no others do",
+        )
+        require(
+            routed or (m.expert_width is None and m.num_shared_experts == 0),
+            f"model.expert_width={m.expert_width} and model.num_shared_experts={m.num_shared_experts} have an effect "
+            "only on layers of the kind moe",
+        )
+        require(
+            not routed or m.num_experts != 1,
+            "model.num_experts=1 leaves nothing to choose; use a dense layer, or at least 2",
+        )
+        require(
+            not routed or m.experts_per_token <= (m.num_experts or 0),
+            f"model.experts_per_token={m.experts_per_token} must not exceed model.num_experts={m.num_experts}",
+        )
+        require(
+            routed or t.router_bias_rate is None,
+            f"train.router_bias_rate={t.router_bias_rate} has an effect only on layers of the kind moe",
+        )
+        _validate_mesh(config, require)
         require(
             t.batch_size % t.microbatches == 0,
             f"train.batch_size={t.batch_size} must divide by train.microbatches={t.microbatches}",
@@ -339,6 +391,37 @@ def validate(config: Config) -> None:
     require(len(set(names)) == len(names), f"data.sources names a dataset and split twice: {names}")
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _validate_mesh(config: Config, require) -> None:
+    """What an axis needs of the model and of the batch to be of use. What must divide: parallel.sharding."""
+    m, p, t = config.model, config.parallel, config.train
+    require(
+        not p.auto or (p.replica, p.stage, p.rounds, p.fsdp, p.expert, p.context, p.tensor) == (1, 1, 1, None, 1, 1, 1),
+        "parallel.auto=true picks the sizes of all axes: leave them out, or set parallel.auto=false",
+    )
+    require(
+        p.expert == 1 or m.num_experts is not None,
+        f"parallel.expert={p.expert} shards the experts, and there are none; use parallel.fsdp for it, or "
+        "model.pattern=moe",
+    )
+    require(
+        p.rounds == 1 or p.stage > 1,
+        f"parallel.rounds={p.rounds} has an effect only with parallel.stage above 1",
+    )
+    repeats = m.num_layers // len(m.pattern)
+    groups = p.stage * p.rounds
+    require(
+        repeats % groups == 0,
+        f"parallel.stage={p.stage} x parallel.rounds={p.rounds} = {groups} groups of layers must divide the {repeats} "
+        f"repetitions of model.pattern in model.num_layers={m.num_layers}; these do: "
+        f"{', '.join(str(n) for n in range(1, repeats + 1) if repeats % n == 0)}",
+    )
+    require(
+        p.stage == 1 or t.microbatches % p.stage == 0,
+        f"train.microbatches={t.microbatches} must be a multiple of parallel.stage={p.stage}: microbatches fill the "
+        f"pipeline; try {-(-t.microbatches // p.stage) * p.stage}",
+    )
 
 
 def to_dict(config: Config) -> dict:

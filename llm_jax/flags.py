@@ -15,6 +15,7 @@ import typing
 from llm_jax.config import Config, UserError, flatten, from_dict, to_dict
 
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)")
+LISTS = ("model.pattern",)  # given whole: --config.model.pattern=dense,moe
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
 
 
@@ -34,7 +35,8 @@ def override(config: Config, arguments: list[str]) -> Config:
     from ml_collections.config_flags import config_path
 
     problems = []
-    fields = flatten(config)
+    fields = {path: value for path, value in flatten(config).items() if path.partition("[")[0] not in LISTS}
+    fields |= dict.fromkeys(LISTS)
     arguments = list(arguments)
     while arguments:
         argument = arguments.pop(0)
@@ -56,6 +58,9 @@ def override(config: Config, arguments: list[str]) -> Config:
                 continue
             value = arguments.pop(0)
             argument = f"{flag}={value}"
+        if path in LISTS:
+            config_path.set_value(path, config, tuple(re.findall(r"\w+", value)))
+            continue
         if value.lower() == "none" and type(None) in types:
             # config_flags has no way to say None for a field that holds a number or a text.
             config_path.set_value(path, config, None)
@@ -77,6 +82,8 @@ def override(config: Config, arguments: list[str]) -> Config:
 def allowed_types(config: Config, path: str) -> tuple[type, ...]:
     from ml_collections.config_flags import config_path
 
+    if path.partition("[")[0] in LISTS:
+        return (str,)
     hint = config_path.get_type(path, config, normalize=False)
     return typing.get_args(hint) or (typing.cast(type, hint),)
 
@@ -123,6 +130,9 @@ def checked_types(config: Config, origin: str) -> Config:
     """The config, sources as a tuple of Source. Raises UserError with every field whose value is not of its type."""
     problems = []
     for path, value in flatten(config).items():
+        if path in LISTS:  # else its elements have paths of their own
+            problems.append(f"{origin}: {path}={value!r} must be a tuple of texts")
+            continue
         types = allowed_types(config, path)
         if type(value) not in types and not (float in types and type(value) is int):
             problems.append(f"{origin}: {path}={value!r} must be {names_of(types)}")

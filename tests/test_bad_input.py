@@ -70,16 +70,16 @@ def test_what_was_refused_has_not_made_the_directory_its_own(refused, tmp_path):
     refused("train", workdir, "--config.data.sources[0].name=nonesuch")
     refused("train", workdir, "--config.train.batch_size=6")
     (message,) = refused("train", workdir, "--config.tokenizer.vocab_size=401", "--config.parallel.tensor=2")
-    assert message.startswith("tokenizer.vocab_size=401 must divide by the 2 shards of mesh axes ('tensor',)")
+    assert message.startswith("tokenizer.vocab_size=401 must divide by the 2 shards of mesh axes tensor;")
 
 
 def test_batch_does_not_divide_the_mesh(refused, tmp_path):
     (message,) = refused("train", tmp_path / "run", "--config.train.batch_size=12")
-    assert message.startswith("train.batch_size=12 must divide by the 8 shards of mesh axes ('replica', 'fsdp')")
+    assert message.startswith("train.batch_size=12 must divide by the 8 shards of mesh axes fsdp;")
     (message,) = refused("train", tmp_path / "run", "--config.train.microbatches=2")
     assert message.startswith("train.batch_size / train.microbatches=4 must divide by the 8 shards")
     (message,) = refused("train", tmp_path / "run", "--config.parallel.tensor=3")
-    assert "must be the number of devices, 8; with replica=1 these work: fsdp=8 tensor=1, fsdp=4 tensor=2" in message
+    assert "must be the number of devices, 8; the nearest mesh that fits has parallel.tensor=4" in message
 
 
 @pytest.mark.parametrize(

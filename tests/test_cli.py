@@ -121,6 +121,7 @@ def test_overrides(jobs, tmp_path):
             "--config.data.sources[0].weight=0.4",
             "--noconfig.log.tensorboard",
             "--config.model.qk_norm",
+            "--config.model.pattern=dense,dense",
             "--config.optimizer.clip_norm=2",
             "--config.data.data_dir=/data",
             "--config.checkpoint.keep_every=7",
@@ -139,6 +140,7 @@ def test_overrides(jobs, tmp_path):
     assert config.model.num_kv_heads is None
     assert config.data.sources[0].weight == 0.4
     assert not config.log.tensorboard and config.model.qk_norm
+    assert config.model.pattern == ("dense", "dense")
     assert config.optimizer.clip_norm == 2.0 and isinstance(config.optimizer.clip_norm, float)
     assert config.data.data_dir == "/data"
     assert config.checkpoint.keep_every is None

@@ -9,7 +9,7 @@ import pytest
 from llm_jax import config as c
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = ("quickstart", "web_wiki_small", "gpt2_124m", "llama_1b", "llama_8b", "llama_70b")
+CONFIGS = ("quickstart", "web_wiki_small", "gpt2_124m", "llama_1b", "llama_8b", "llama_70b", "moe_7b", "moe_235b")
 
 
 def load(name: str):
@@ -37,12 +37,23 @@ def matrix_parameters(m: c.Model, vocab_size: int) -> int:
     head_width = m.head_width or m.width // m.num_heads
     attention = m.width * head_width * (2 * m.num_heads + 2 * (m.num_kv_heads or m.num_heads))
     matrices = 3 if m.activation == "swiglu" else 2
-    feed_forward = matrices * m.width * (m.feed_forward_width or 4 * m.width)
+    if m.pattern == ("moe",):
+        feed_forward = m.num_experts * m.width * (matrices * m.expert_width + 1)
+    else:
+        feed_forward = matrices * m.width * (m.feed_forward_width or 4 * m.width)
     return m.num_layers * (attention + feed_forward) + vocab_size * m.width * (1 if m.tie_embeddings else 2)
 
 
 @pytest.mark.parametrize(
-    "name, published", [("gpt2_124m", 124.4e6), ("llama_1b", 1.236e9), ("llama_8b", 8.03e9), ("llama_70b", 70.6e9)]
+    "name, published",
+    [
+        ("gpt2_124m", 124.4e6),
+        ("llama_1b", 1.236e9),
+        ("llama_8b", 8.03e9),
+        ("llama_70b", 70.6e9),
+        ("moe_7b", 6.92e9),
+        ("moe_235b", 235e9),
+    ],
 )
 def test_config_has_the_published_size(name, published):
     config = load(name).get_config()
@@ -63,6 +74,15 @@ def test_config_has_the_published_size(name, published):
         ("optimizer", "peak_learning_rate", float("nan"), "optimizer.peak_learning_rate=nan must be a positive number"),
         ("optimizer", "warmup_steps", 1000, "optimizer.warmup_steps=1000 must be less than train.steps=1000"),
         ("optimizer", "decay_steps", 10, "has an effect only with optimizer.schedule=wsd"),
+        ("model", "pattern", (), "model.pattern is empty"),
+        ("model", "pattern", ("dense", "sparse"), "model.pattern='sparse' must be one of dense, moe"),
+        ("model", "pattern", ("moe",), "model.num_experts=None and model.pattern=('moe',) contradict each other"),
+        ("model", "pattern", ("dense",) * 4, "model.num_layers=6 must be a multiple of the 4 layers"),
+        ("train", "router_bias_rate", 0.1, "has an effect only on layers of the kind moe"),
+        ("parallel", "expert", 2, "parallel.expert=2 shards the experts, and there are none"),
+        ("parallel", "rounds", 2, "parallel.rounds=2 has an effect only with parallel.stage above 1"),
+        ("parallel", "stage", 4, "must divide the 6 repetitions of model.pattern"),
+        ("parallel", "stage", 2, "train.microbatches=1 must be a multiple of parallel.stage=2"),
         ("train", "microbatches", 3, "train.batch_size=16 must divide by train.microbatches=3"),
         ("data", "sources", (), "data.sources is empty"),
         ("data", "sources", (c.Source(name="a", weight=0.0),), "data.sources[0].weight=0.0 must be positive"),
@@ -116,6 +136,14 @@ def test_flatten_and_differences():
     assert len(changes) == 1 + len(dataclasses.fields(c.Source))
 
 
+def test_automatic_meshes_have_no_sizes():
+    config = c.Config(parallel=c.Parallel(auto=True, tensor=2))
+    with pytest.raises(c.UserError, match="parallel.auto=true picks the sizes of all axes"):
+        c.validate(config)
+
+
 def test_sections_of_two_configs_are_not_shared():
     c.Config().train.steps = 5
+    c.Config().data.sources[0].weight = -1.0
+    c.validate(c.Config())
     assert c.Config().train.steps == 1000

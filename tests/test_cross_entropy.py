@@ -25,7 +25,7 @@ def inputs(dtype=jnp.float32, batch_size=8, length=7, width=16, vocab_size=32):
 
 def put(mesh, hidden_BTD, head_DV, *arrays_BT):
     """The inputs in the shardings that cross_entropy asks for."""
-    specs = [RULES.spec("batch", None, None), RULES.spec("embed", "vocab")] + [RULES.spec("batch", None)] * len(
+    specs = [RULES.spec("batch", None, None), RULES.spec("table_embed", "vocab")] + [RULES.spec("batch", None)] * len(
         arrays_BT
     )
     arrays = (hidden_BTD, head_DV, *arrays_BT)

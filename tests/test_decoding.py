@@ -44,7 +44,7 @@ def all_logits(model, tokens_BT, lengths_B):
     """By the full forward pass, of rows padded on the right."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-    return model.logits(model(tokens_BT, segments_BT, positions_BT))
+    return model.logits(model(tokens_BT, segments_BT, positions_BT)[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

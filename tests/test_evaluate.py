@@ -56,7 +56,7 @@ def evaluate_on(
 @jax.jit
 def all_logits(model, tokens_BT, is_text_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return model.logits(model(tokens_BT, is_text_BT, positions_BT))
+    return model.logits(model(tokens_BT, is_text_BT, positions_BT)[0])
 
 
 @pytest.fixture(scope="module")

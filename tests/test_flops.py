@@ -74,6 +74,15 @@ def test_published_models(shape, causal, gigaflops):
     assert round(flops_per_token(**shape, causal=causal) / 1e9, digits) == gigaflops
 
 
+def test_experts_count_as_often_as_a_token_meets_them():
+    """A mixture of 1 of 1 experts and no router is a dense layer; the router is one more product of width x experts."""
+    dense = flops_per_token(**LLAMA2_7B, causal=True)
+    mixture = dict(num_moe_layers=32, experts_per_token=1, expert_width=11008)
+    assert flops_per_token(**LLAMA2_7B, causal=True, **mixture) == dense
+    routed = flops_per_token(**LLAMA2_7B, causal=True, **mixture, num_experts=8, num_shared_experts=1)
+    assert routed - dense == 6 * 32 * (4096 * 8 + 3 * 4096 * 11008)
+
+
 @pytest.mark.parametrize(
     "kind, teraflops",
     [

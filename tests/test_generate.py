@@ -100,7 +100,7 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(generate, trained):
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def next_logits(model, tokens_BT, length):
         positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        hidden_BTD = model(tokens_BT, (positions_BT < length).astype(jnp.int32), positions_BT)
+        hidden_BTD, _ = model(tokens_BT, (positions_BT < length).astype(jnp.int32), positions_BT)
         return model.logits(hidden_BTD)[0, length - 1]
 
     with jax.set_mesh(mesh):

@@ -11,17 +11,19 @@ from llm_jax import config
 from llm_jax.config import Parallel, UserError
 from llm_jax.parallel.sharding import (
     Rules,
+    blocks_gather,
     global_rows,
-    num_batch_shards,
+    num_shards,
     replicated,
     require_divisible,
-    shards_parameters,
 )  # fmt: skip
 from llm_jax.parallel.sharding import (
     make_mesh as make_mesh_of,
 )
+from llm_jax.plan import topology
 from llm_jax.safety.structure import named_leaves
 from llm_jax.training import state as training_state
+from llm_jax.training.losses import Weights
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
 from llm_jax.training.step import train_step
@@ -30,7 +32,7 @@ RULES = Rules()
 
 
 def test_one_mesh_axis_shards_one_dimension_only():
-    assert RULES.spec("batch", None, "vocab") == jax.P(("replica", "fsdp"), None, "tensor")
+    assert RULES.spec("batch", None, "vocab") == jax.P(("replica", "fsdp", "expert"), None, "tensor")
     with pytest.raises(ValueError, match=r"\('batch', None, 'embed'\).*only one dimension"):
         RULES.spec("batch", None, "embed")
     with pytest.raises(ValueError, match="only one dimension"):
@@ -39,26 +41,55 @@ def test_one_mesh_axis_shards_one_dimension_only():
 
 @pytest.mark.parametrize(
     "parallel, sizes",
-    [(Parallel(), (1, 8, 1)), (Parallel(tensor=4), (1, 2, 4)), (Parallel(replica=2, tensor=2), (2, 2, 2))],
+    [
+        (Parallel(), {"fsdp": 8}),
+        (Parallel(tensor=4), {"fsdp": 2, "tensor": 4}),
+        (Parallel(replica=2, tensor=2), {"replica": 2, "fsdp": 2, "tensor": 2}),
+        (Parallel(replica=2, stage=2, context=2), {"replica": 2, "stage": 2, "context": 2}),
+        (Parallel(expert=4, tensor=2), {"expert": 4, "tensor": 2}),
+    ],
     ids=str,
 )
 def test_fsdp_takes_the_devices_that_are_left(parallel, sizes):
     mesh = make_mesh_of(parallel)
-    assert mesh.axis_names == ("replica", "fsdp", "tensor") and tuple(mesh.shape.values()) == sizes
+    assert mesh.axis_names == ("replica", "stage", "fsdp", "expert", "context", "tensor")
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == sizes
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
-    assert num_batch_shards(mesh, RULES) == sizes[0] * sizes[1]
-    assert shards_parameters(mesh, RULES) == (sizes[1] > 1)
+    batch = sizes.get("replica", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1)
+    assert num_shards(mesh, RULES.batch) == batch
+    assert blocks_gather(mesh, RULES) == bool({"fsdp", "expert", "context", "tensor"} & set(sizes))
 
 
 @pytest.mark.parametrize(
-    "parallel", [Parallel(tensor=3), Parallel(fsdp=4), Parallel(replica=16), Parallel(fsdp=8, tensor=2)], ids=str
+    "parallel, nearest",
+    [
+        (Parallel(tensor=3), "tensor=4 and parallel.fsdp=2"),
+        (Parallel(fsdp=4), "try parallel.fsdp=8, or leave it out"),
+        (Parallel(replica=16), "replica=8 and parallel.fsdp=1"),
+        (Parallel(fsdp=8, tensor=2), "try parallel.fsdp=4, or leave it out"),
+        (Parallel(context=2, expert=5), "expert=4 and parallel.fsdp=1"),
+        (Parallel(replica=3, tensor=3), "try parallel.fsdp=8 and 1 for all others"),
+    ],
+    ids=str,
 )
-def test_a_mesh_that_does_not_fit_names_those_that_do(parallel):
+def test_a_mesh_that_does_not_fit_names_the_nearest_that_does(parallel, nearest):
     with pytest.raises(UserError) as error:
         make_mesh_of(parallel)
     message = str(error.value)
-    assert f"parallel.replica={parallel.replica} x fsdp=" in message and f"x tensor={parallel.tensor} must" in message
-    assert "fsdp=8 tensor=1, fsdp=4 tensor=2, fsdp=2 tensor=4, fsdp=1 tensor=8" in message and "\n" not in message
+    assert message.startswith("parallel: ") and "must be the number of devices, 8; " in message
+    assert message.endswith(nearest) and "\n" not in message
+
+
+@pytest.mark.parametrize("across, others", [("replica", {"fsdp": 4}), ("stage", {"fsdp": 2, "tensor": 2})], ids=str)
+def test_only_replica_and_stage_lie_across_slices(across, others):
+    pytest.importorskip("libtpu", reason="libtpu, which knows how TPU slices look, is not installed: llm-jax[tpu]")
+    devices = topology.parse("v5e:2x2", slices=2).devices()
+    mesh = make_mesh_of(Parallel(**{across: 2}, **others), devices)
+    by_slice = np.moveaxis(mesh.devices, mesh.axis_names.index(across), 0).reshape(2, -1)
+    for part in by_slice:
+        assert len({device.slice_index for device in part}) == 1
+    with pytest.raises(UserError, match="must divide by the 2 slices.*try parallel.replica=2"):
+        make_mesh_of(Parallel(tensor=8), devices)
 
 
 def test_every_size_that_does_not_divide_is_named():
@@ -104,7 +135,8 @@ def build(mesh, optimizer="adamw", **changes):
     shape = training_state.model_shape(model, vocab_size=VOCAB_SIZE, sequence_length=LENGTH)
     init = training_state.make_init(model, shape, made, mesh=mesh, rules=RULES, seed=0, window=8, ema=True)
     step = functools.partial(
-        train_step, optimizer=made, schedule=schedule, num_microbatches=1, z_loss=0.0, chunk=None,
+        train_step, optimizer=made, schedule=schedule, num_microbatches=1, pipelined=False,
+        weights=Weights(), router_bias_rate=None, chunk=None,
         skip=True, threshold=10.0, ema_decay=0.9,
     )  # fmt: skip
     return init, jax.jit(step, donate_argnames="state", compiler_options=FAST)
@@ -161,7 +193,7 @@ def test_a_step_on_eight_shards_never_holds_the_whole_model(monkeypatch):
     assert largest_array(compiled) < stacked  # no stack of weights is whole on a device
     assert len(re.findall(r" all-gather\(", compiled.as_text())) >= 2 * 7  # the 7 matrices of a block, twice
 
-    monkeypatch.setattr(training_state, "shards_parameters", lambda mesh, rules: False)  # so that all is kept
+    monkeypatch.setattr(training_state, "blocks_gather", lambda mesh, rules: False)  # so that all is kept
     kept, _ = compile_step(mesh, **sizes)
     assert largest_array(kept) >= stacked
     saved = kept.memory_analysis().temp_size_in_bytes - compiled.memory_analysis().temp_size_in_bytes

@@ -33,7 +33,7 @@ from llm_jax import config
 from llm_jax.model.norm import Norm
 from llm_jax.model.position import rotate, sinusoidal
 from llm_jax.safety.structure import named_leaves
-from llm_jax.training.losses import loss_sums
+from llm_jax.training.losses import Weights, loss_sums
 from llm_jax.training.state import model_shape
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -46,13 +46,13 @@ def logits(model, *rows) -> np.ndarray:
 
 @functools.partial(jax.jit, compiler_options=FAST)
 def _logits(model, tokens_BT, segments_BT, positions_BT):
-    return model.logits(model(tokens_BT, segments_BT, positions_BT))
+    return model.logits(model(tokens_BT, segments_BT, positions_BT)[0])
 
 
 @functools.partial(jax.jit, compiler_options=FAST)
 def loss_and_gradient(model, batch):
     def mean(model):
-        objective, counts = loss_sums(model, batch, z_loss=1e-3, chunk=None)
+        objective, counts = loss_sums(model, batch, weights=Weights(z_loss=1e-3), chunk=None)
         return objective / counts["tokens"]
 
     return jax.value_and_grad(mean)(model)
@@ -154,7 +154,7 @@ def test_feed_forward_equals_numpy(name):
         model = family(name)
         layer = jax.tree.map(lambda leaf: leaf[1], model.blocks).feed_forward
         x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
-        y = layer(x)
+        y = layer(x, jax.P(None, None, None))
     weights = {path: np.asarray(leaf, np.float64) for path, leaf in named_leaves(layer).items()}
     up = x @ weights["w_up"]
     if name == "llama":

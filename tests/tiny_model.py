@@ -4,6 +4,7 @@ B row, U = T + 1 tokens of a row
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import jax
@@ -30,9 +31,10 @@ SINUSOIDAL = config.Model(
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "sinusoidal": SINUSOIDAL}
 
 
-def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    parallel = config.Parallel(replica=replica, fsdp=fsdp, tensor=tensor)
-    return sharding.make_mesh(parallel, jax.devices()[: replica * fsdp * tensor])
+def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1, **others: int) -> jax.sharding.Mesh:
+    """Over as many of the devices as the sizes of its axes need."""
+    parallel = config.Parallel(replica=replica, fsdp=fsdp, tensor=tensor, **others)
+    return sharding.make_mesh(parallel, jax.devices()[: replica * fsdp * tensor * math.prod(others.values())])
 
 
 def model_maker(
@@ -41,7 +43,10 @@ def model_maker(
     """To be called, or evaluated as shapes, under a mesh."""
     shape = model_shape(model, vocab_size=vocab_size, sequence_length=length)
     dtype = compute_dtype(model, "cpu")
-    return lambda: Transformer(shape, dtype=dtype, unroll=unroll, remat=remat, rules=RULES, key=jax.random.key(seed))
+    return lambda: Transformer(
+        shape, attention="reference", dtype=dtype, unroll=unroll, remat=remat, rounds=1, rules=RULES,
+        key=jax.random.key(seed),
+    )  # fmt: skip
 
 
 def make_model(model: config.Model, **options) -> Transformer:

@@ -18,7 +18,7 @@ from llm_jax.jobs.prepare import prepare
 from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
 from llm_jax.measure import metrics
 from llm_jax.parallel import hosts
-from llm_jax.parallel.sharding import Rules, global_rows, num_batch_shards
+from llm_jax.parallel.sharding import Rules, global_rows, num_shards
 from llm_jax.training.losses import token_losses
 
 
@@ -39,7 +39,7 @@ def run(
     say = (lambda text: None) if as_json else print
     tokenizer = work.load_tokenizer()
     prepared = prepare(work.with_own_tokenizer(config), say=say)
-    mesh = mesh_for_reading(config.parallel)
+    mesh = mesh_for_reading(config, tokenizer.vocab_size)
     with jax.set_mesh(mesh):
         step, model = restore_parameters(work, config, tokenizer, mesh, step=step, ema=ema)
         held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
@@ -59,10 +59,12 @@ def make_evaluate(mesh: jax.sharding.Mesh, batch_size: int, chunk: int | None) -
     last bits of a token's loss. `proceed()` is asked before every batch, as often in every process; where it says
     False, evaluate gives up and returns None.
     """
-    sharding = jax.NamedSharding(mesh, Rules().spec("batch", None))
-    shards = num_batch_shards(mesh, Rules())
-    batch_size = -(-batch_size // shards) * shards
-    losses = jax.jit(functools.partial(token_losses, chunk=chunk))
+    rules = Rules()
+    sharding = jax.NamedSharding(mesh, rules.spec("batch", None))
+    stages = num_shards(mesh, rules.layers)
+    rows = num_shards(mesh, rules.batch) * stages
+    batch_size = -(-batch_size // rows) * rows
+    losses = jax.jit(functools.partial(token_losses, chunk=chunk, num_microbatches=stages))
 
     def evaluate(
         model,

@@ -18,7 +18,7 @@ from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, 
 from llm_jax.model import decoding
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import hosts
-from llm_jax.parallel.sharding import global_rows, num_batch_shards
+from llm_jax.parallel.sharding import global_rows, num_shards
 
 TOKENS_PER_CALL = 8  # of the compiled loop: what streaming waits for
 
@@ -44,7 +44,7 @@ def run(
     start(config)
     work = Workdir(workdir)
     tokenizer = work.load_tokenizer()
-    mesh = mesh_for_reading(config.parallel)
+    mesh = mesh_for_reading(config, tokenizer.vocab_size)
     sampling = decoding.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, eos=EOS)
     with jax.set_mesh(mesh):
         step, model = restore_parameters(work, config, tokenizer, mesh, step=step, ema=ema)
@@ -87,7 +87,7 @@ def generate(
             f"--max_tokens={max_tokens} and a prompt of {longest} tokens exceed the {model.shape.max_length} learned "
             f"positions of the model; try --max_tokens={max(1, model.shape.max_length - longest)} or a shorter prompt"
         )
-    shards = num_batch_shards(mesh, model.rules)
+    shards = num_shards(mesh, model.rules.batch)
     rows += [np.array([BOS], np.int32)] * (-len(rows) % shards)
     tokens_BP = np.full((len(rows), longest), PAD, np.int32)
     for row, ids in zip(tokens_BP, rows, strict=True):

@@ -7,6 +7,7 @@ intact; params: what is in one; diff: how two runs differ
 import functools
 import json
 import math
+import re
 import sys
 
 import jax
@@ -44,7 +45,7 @@ def step(config: Config, workdir: str, as_json: bool = False, step: int | None =
     """Makes update `step` again, from the newest checkpoint before it, and shows what it did."""
     if step is None:
         raise UserError("inspect step needs --step=N, the number of an update; the first is 1")
-    start(config)
+    start(config, num_processes=1)
     work = Workdir(workdir)
     say = functools.partial(print, file=sys.stderr)
     setup = Setup(config, prepare(work.with_own_tokenizer(config), say=say))
@@ -78,11 +79,13 @@ def step(config: Config, workdir: str, as_json: bool = False, step: int | None =
         return
     width = max(map(len, result["gradient_norms"]))
     print(f"{'parameter':{width}}  layer  gradient norm  parameter norm")
+    places = len(config.model.pattern)
     for name, norms in result["gradient_norms"].items():
-        for layer, (gradient, parameter) in enumerate(
+        place = int(found[1]) if (found := re.match(r"blocks/(\d+)/", name)) else 0
+        for repetition, (gradient, parameter) in enumerate(
             zip(np.atleast_1d(norms), np.atleast_1d(result["parameter_norms"][name]), strict=True)
         ):
-            print(f"{name:{width}}  {layer:5}  {gradient:13.6g}  {parameter:14.6g}")
+            print(f"{name:{width}}  {repetition * places + place:5}  {gradient:13.6g}  {parameter:14.6g}")
     compared = {None: "not in the record", True: "bit-identical to the record", False: "OTHER than in the record"}
     print(
         f"step {step}, replayed from {first}: loss {result['loss']:.6g}, gradient norm {result['grad_norm']:.6g}, "
@@ -101,7 +104,7 @@ def goodput(config: Config, workdir: str, as_json: bool = False) -> None:
 
 def checkpoints(config: Config, workdir: str, as_json: bool = False) -> int:
     """Reads every checkpoint and compares its digests; exit code 70 if one is damaged. Changes nothing."""
-    start(config)
+    start(config, num_processes=1)
     work = Workdir(workdir)
     saved = Checkpoints(work.checkpoints)
     damage = {step: saved.verify(step) for step in saved.steps()}
@@ -121,7 +124,7 @@ def checkpoints(config: Config, workdir: str, as_json: bool = False) -> int:
 
 def params(config: Config, workdir: str, as_json: bool = False, step: int | None = None) -> None:
     """The tree of a checkpoint: names, shapes, types, and the root mean square of each array."""
-    start(config)
+    start(config, num_processes=1)
     work = Workdir(workdir)
     saved = Checkpoints(work.checkpoints)
     step = step if step is not None else saved.latest()

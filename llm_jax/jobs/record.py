@@ -12,11 +12,12 @@ from llm_jax.config import Config, RunFailed
 from llm_jax.jobs.sections import Sections
 from llm_jax.jobs.setup import Setup
 from llm_jax.jobs.workdir import Workdir
-from llm_jax.measure.flops import flops_per_token, peak_flops
+from llm_jax.measure.flops import peak_flops
 from llm_jax.measure.metrics import MetricsLog, read
 from llm_jax.measure.progress import Progress
 from llm_jax.measure.writers import TensorBoardWriter
 from llm_jax.parallel import hosts
+from llm_jax.plan.costs import model_flops
 from llm_jax.safety.guards import check_first_step
 from llm_jax.safety.recorder import Recorder
 from llm_jax.safety.rewinds import Rewind
@@ -56,18 +57,7 @@ class Record:
         self.log = self.tensorboard = None
         self._begin(first_step)
         self.progress = Progress(config.train.steps, first_step)
-        self.flops_per_token = flops_per_token(
-            num_layers=shape.num_layers,
-            width=shape.width,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_width=shape.head_width,
-            feed_forward_width=shape.feed_forward_width,
-            gated=shape.gated,
-            vocab_size=shape.vocab_size,
-            sequence_length=config.train.sequence_length,
-            causal=True,
-        )
+        self.flops_per_token = model_flops(setup.shape, config.train.sequence_length, causal=True)
         self.peak_flops = math.nan  # of the first process, which reports
         if hosts.is_first():
             device = jax.local_devices()[0]
@@ -125,6 +115,8 @@ class Record:
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
         }
+        if "max_load" in metrics:
+            line["max_load"] = float(metrics["max_load"])  # of an expert, over the mean
         finite = math.isfinite(loss) and math.isfinite(line["grad_norm"])
         spikes = bool(metrics["spike"])
         if step == 1 and finite:

@@ -11,15 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm_jax.config import Config, UserError
+from llm_jax.config import Config, Parallel, UserError
 from llm_jax.data.stream import TrainStream
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.jobs.prepare import Prepared
 from llm_jax.model.transformer import Shape
-from llm_jax.parallel import hosts
-from llm_jax.parallel.sharding import Rules, global_rows, make_mesh, replicated, require_divisible
+from llm_jax.parallel import chips, hosts
+from llm_jax.parallel.sharding import (
+    Rules,
+    global_rows,
+    make_mesh,
+    num_shards,
+    num_slices,
+    replicated,
+    require_balanced,
+    require_divisible,
+)
+from llm_jax.plan.search import choose
 from llm_jax.safety.checkpoint import Checkpoints
 from llm_jax.safety.rewinds import Rewinds
+from llm_jax.training.losses import Weights
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
 from llm_jax.training.state import TrainState, abstract_state, make_init, model_shape
@@ -28,50 +39,85 @@ from llm_jax.training.step import train_step
 BATCHES_AHEAD = 2
 
 
-class Setup:
-    """From the config and the data: everything that an update needs. Raises UserError where the mesh does not fit."""
+def resolve_mesh(config: Config, vocab_size: int, devices: list[jax.Device]) -> tuple[Parallel, str | None]:
+    """(the sizes of the mesh, how parallel.auto came to them; None: they were given)."""
+    if not config.parallel.auto:
+        return config.parallel, None
+    chip = chips.of_device_kind(devices[0].device_kind)
+    return choose(config, len(devices), chip, num_slices(devices), vocab_size)
 
-    def __init__(self, config: Config, prepared: Prepared):
+
+class Program:
+    """From the config and the size of the vocabulary: the state and the update of a run, on a mesh over `devices`.
+
+    Needs no data, and devices that are not there (see plan.topology) will do for lowering. Raises UserError where the
+    mesh does not fit. why_mesh tells how parallel.auto came to its mesh; None: it was given.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, devices: list[jax.Device] | None = None):
         self.config = config
-        self.mesh, self.rules = make_mesh(config.parallel), Rules()
-        self.stream = make_stream(config, prepared)
-        self.shape: Shape = model_shape(
-            config.model, vocab_size=prepared.tokenizer.vocab_size, sequence_length=config.train.sequence_length
-        )
-        self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, config.train.steps)
+        devices = jax.devices() if devices is None else devices
+        self.parallel, self.why_mesh = resolve_mesh(config, vocab_size, devices)
+        self.mesh, self.rules = make_mesh(self.parallel, devices), Rules()
+        train, length = config.train, config.train.sequence_length
+        self.shape: Shape = model_shape(config.model, vocab_size=vocab_size, sequence_length=length)
+        self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, train.steps)
         self.init = make_init(
             config.model,
             self.shape,
             self.optimizer,
             mesh=self.mesh,
             rules=self.rules,
-            seed=config.train.seed,
+            seed=train.seed,
             window=config.spikes.window,
-            ema=config.train.ema_decay is not None,
+            ema=train.ema_decay is not None,
+            rounds=self.parallel.rounds,
         )
-        rows = config.train.batch_size // config.train.microbatches
-        field = "train.batch_size / train.microbatches" if config.train.microbatches > 1 else "train.batch_size"
-        require_divisible(self.mesh, self.rules, {field: (rows, "batch")})
-        self._sharding = jax.NamedSharding(self.mesh, self.rules.spec("batch", None))
+        field = "train.batch_size / train.microbatches" if train.microbatches > 1 else "train.batch_size"
+        sizes = {
+            field: (train.batch_size // train.microbatches, "batch"),
+            "train.sequence_length": (length, "sequence"),
+        }
+        require_divisible(self.mesh, self.rules, sizes)
+        require_balanced(self.mesh, self.rules, length)
+        self.stages = num_shards(self.mesh, self.rules.layers)
+        self.batch_sharding = jax.NamedSharding(self.mesh, self.rules.spec("batch", None))
 
-    def compile(self, state: TrainState):
-        """The compiled update: (state, batch) -> (state, metrics). The given state is overwritten."""
+    def lower(self, state: TrainState) -> jax.stages.Lowered:
+        """The update (state, batch) -> (state, metrics), for a state of these types. The given one is overwritten."""
         config = self.config
         update = functools.partial(
             train_step,
             optimizer=self.optimizer,
             schedule=make_schedule(config.optimizer, config.train.steps),
             num_microbatches=config.train.microbatches,
-            z_loss=config.train.z_loss,
+            pipelined=self.stages > 1,
+            weights=Weights(
+                z_loss=config.train.z_loss,
+                load_balance=config.train.load_balance_loss,
+                router_z=config.train.router_z_loss,
+            ),
+            router_bias_rate=config.train.router_bias_rate,
             chunk=config.train.loss_chunk,
             skip=config.spikes.action == "skip",
             threshold=config.spikes.threshold,
             ema_decay=config.train.ema_decay,
         )
-        shape = (self.stream.batch_size, config.train.sequence_length + 1)
-        row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding)
+        shape = (config.train.batch_size, config.train.sequence_length + 1)
+        row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         batch = {"tokens": row, "segments": row, "positions": row}
-        return jax.jit(update, donate_argnames="state").lower(state, batch).compile()
+        return jax.jit(update, donate_argnames="state").lower(state, batch)
+
+
+class Setup(Program):
+    """The same with the run's batches and checkpoints."""
+
+    def __init__(self, config: Config, prepared: Prepared):
+        super().__init__(config, prepared.tokenizer.vocab_size)
+        self.stream = make_stream(config, prepared)
+
+    def compile(self, state: TrainState):
+        return self.lower(state).compile()
 
     def batch(self, number: int) -> dict[str, jax.Array]:
         """The batch of that number on the devices; each process reads the rows its own devices hold."""
@@ -80,7 +126,7 @@ class Setup:
             batch = self.stream.batch(number, first, last)
             return {"tokens": batch.tokens_BU, "segments": batch.segments_BU, "positions": batch.positions_BU}
 
-        return global_rows(rows, self.stream.batch_size, self._sharding)
+        return global_rows(rows, self.stream.batch_size, self.batch_sharding)
 
     def batches(self, first_step: int, rewinds: Rewinds) -> Iterator[dict[str, jax.Array]]:
         """The batches from the one after first_step updates on, read ahead by a thread."""

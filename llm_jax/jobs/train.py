@@ -30,6 +30,7 @@ from llm_jax.measure.goodput import Ledger, process_began
 from llm_jax.measure.metrics import encode
 from llm_jax.model.decoding import Sampling
 from llm_jax.parallel import hosts
+from llm_jax.parallel.pipeline import bubble_fraction
 from llm_jax.safety import replicas
 from llm_jax.safety.checkpoint import Checkpoints, SaveFailed
 from llm_jax.safety.digest import digests
@@ -49,9 +50,10 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
     limits = dataclasses.asdict(config.watchdog)
     limits |= {"restore": limits["start"], "data": limits["step"], "finish": limits["evaluation"]}
     with contextlib.ExitStack() as stack:
-        watchdog = Watchdog(limits, work.stacks, processes.get("process_id") or 0)
+        watchdog = Watchdog(limits, work.stacks, process=0)
         stack.callback(watchdog.close)
         start(config, saves_on_sigterm=True, **processes)
+        watchdog.process = jax.process_index()
         if hosts.is_first():
             work.claim(config)
         else:
@@ -65,6 +67,14 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
             prepared = prepare(work.with_own_tokenizer(config), say=say)
         say(table(summary(prepared)))
         setup = Setup(config, prepared)
+        if setup.why_mesh is not None:
+            say(f"parallel.auto: {setup.why_mesh}")
+        if setup.stages > 1:
+            idle = bubble_fraction(setup.stages, setup.parallel.rounds, config.train.microbatches)
+            say(
+                f"pipeline: {setup.stages} stages, each without work for {idle:.1%} of a step; more microbatches or "
+                "parallel.rounds lessen it"
+            )
         held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
         evaluate = make_evaluate(setup.mesh, config.evaluate.batch_size, config.train.loss_chunk)
         with jax.set_mesh(setup.mesh):
@@ -297,7 +307,9 @@ def finish(
         prompt, length = config.log.sample_prompt, config.log.sample_tokens
         if state.parameters.position_embed is not None:
             length = min(length, config.train.sequence_length - 1 - len(prepared.tokenizer.encode([prompt])[0]))
-        if length > 0:  # else the prompt takes all positions there are
+        # A pipeline would gather all layers for every token; `generate` takes another mesh. And no prompt may take all
+        # positions there are.
+        if length > 0 and setup.stages == 1:
             sample = prompt + generate(
                 state.parameters, prepared.tokenizer, [prompt], mesh=setup.mesh, sampling=sampling, max_tokens=length,
                 seed=0,

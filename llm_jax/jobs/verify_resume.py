@@ -18,9 +18,10 @@ import sys
 import typing
 
 import llm_jax
-from llm_jax.config import Checkpoint, Config, Log, Parallel, RunFailed, UserError, dumps
+from llm_jax.config import Checkpoint, Config, Log, Parallel, RunFailed, UserError, dumps, validate
 from llm_jax.jobs.workdir import Workdir, write_atomically
 from llm_jax.measure import metrics
+from llm_jax.parallel.sharding import AXES
 from llm_jax.safety.checkpoint import Checkpoints
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "batch")
@@ -47,6 +48,8 @@ def run(
     is of one process (both None: no third run).
     """
     other_mesh = other_parallel(config.parallel, mesh, other_devices)
+    if other_mesh is not None:
+        validate(dataclasses.replace(config, parallel=other_mesh))
     if kills >= steps:
         raise UserError(f"--kills={kills} must be less than --steps={steps}; try --steps={2 * kills + 2}")
     if steps > config.train.steps:
@@ -105,13 +108,14 @@ def other_parallel(parallel: Parallel, mesh: str | None, devices: int | None) ->
     """The mesh of the third run, from "fsdp=4,tensor=2" and the number of simulated devices, as far as given."""
     if mesh is None and devices is None:
         return None
-    sizes: dict[str, int | None] = {"replica": 1, "fsdp": None, "tensor": 1}
+    sizes: dict[str, int | None] = {**dict.fromkeys(AXES, 1), "fsdp": None}
     for part in mesh.split(",") if mesh else ():
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--mesh={mesh}: {part!r} is not AXIS=SIZE with one of the axes {', '.join(sizes)}")
         sizes[axis] = int(size)
-    return dataclasses.replace(parallel, **sizes, num_cpu_devices=devices or parallel.num_cpu_devices)
+    devices = devices or parallel.num_cpu_devices
+    return dataclasses.replace(parallel, **sizes, auto=False, rounds=1, num_cpu_devices=devices)
 
 
 def compare(reference: Workdir, other: Workdir, steps: int, *, tolerance: float) -> dict[str, typing.Any]:
@@ -184,7 +188,10 @@ def _train(config: Config, folder: pathlib.Path, ends: list[int], processes: int
             many = [[address, f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)]
             running = [
                 subprocess.Popen(
-                    command + (flags if processes > 1 else []), stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                    command + (flags if processes > 1 else ["--num_processes=1"]),
+                    stdout=output,
+                    stderr=output,
+                    stdin=subprocess.DEVNULL,
                 )
                 for flags in many
             ]

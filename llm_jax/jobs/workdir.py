@@ -28,6 +28,7 @@ from llm_jax import config as config_module
 from llm_jax.config import Config, Parallel, UserError
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.jobs.prepare import cache_dir
+from llm_jax.jobs.setup import resolve_mesh
 from llm_jax.measure import metrics
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import hosts
@@ -162,12 +163,19 @@ def start(config: Config, *, saves_on_sigterm: bool = False, **processes) -> Non
     hosts.start(config.parallel, compilation_cache=cache, saves_on_sigterm=saves_on_sigterm, **processes)
 
 
-def mesh_for_reading(parallel: Parallel) -> jax.sharding.Mesh:
-    """The run's mesh, or one over whatever devices are here: evaluation and generation do not depend on it."""
+def mesh_for_reading(config: Config, vocab_size: int) -> jax.sharding.Mesh:
+    """The run's mesh, or one over whatever devices are here: evaluation and generation do not depend on it.
+
+    A pipeline is for training: here its stages shard parameters and batch, as fsdp does.
+    """
+    devices = jax.devices()
     try:
-        return make_mesh(parallel)
+        parallel, _ = resolve_mesh(config, vocab_size, devices)
+        if parallel.stage > 1:
+            parallel = dataclasses.replace(parallel, stage=1, rounds=1, fsdp=None)
+        return make_mesh(parallel, devices)
     except UserError:
-        return make_mesh(dataclasses.replace(parallel, replica=len(jax.devices()), fsdp=1, tensor=1))
+        return make_mesh(Parallel(replica=len(devices), fsdp=1), devices)
 
 
 def restore_parameters(

@@ -40,7 +40,8 @@ def cross_entropy(
 
     objective = sum of weights * (nll + z_loss * log(Z)^2) (z-loss: PaLM, arXiv:2204.02311, section 5). `chunk` tokens
     per device have their logits in memory at a time (None: as many as LOGITS_BYTES hold). The hidden states are
-    sharded as rules.spec("batch", None, None), the head as rules.spec("embed", "vocab").
+    sharded as rules.spec("batch", "length", None), the head as rules.spec("table_embed", "vocab"). They may have a
+    leading dimension "microbatches", and so do targets and weights then, not sharded.
 
     The gradients are computed together with the loss, chunk by chunk, so that nothing is computed twice: 3 matmuls
     instead of the 4 of a rematerialised chunk. They are kept as residuals (the size of hidden_BTD and head_DV).
@@ -64,7 +65,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _loss(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss, soft_cap, chunk, rules, *, with_gradients):
     def shard(hidden_BTD, head_DV, targets_BT, weights_BT):
-        head_DV = jax.lax.all_gather(head_DV, rules.embed, axis=0, tiled=True)
+        head_DV = jax.lax.all_gather(head_DV, rules.table_embed, axis=0, tiled=True)
 
         def add_chunk(carry, inputs):
             objective, nll, d_head_DV = carry
@@ -89,19 +90,20 @@ def _loss(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss, soft_cap, chunk, 
         zero = jnp.zeros((), jnp.float32)
         start = (zero, zero, jnp.zeros(head_DV.shape, jnp.float32) if with_gradients else None)
         (objective, nll, d_head_DV), d_hidden_CND = jax.lax.scan(add_chunk, start, inputs)
-        sums = jax.lax.psum((objective, nll), rules.batch)
+        shards = rules.microbatches + rules.batch + rules.length
+        sums = jax.lax.psum((objective, nll), shards)
         if not with_gradients:
             return sums
-        d_hidden_BTD = _join(d_hidden_CND, hidden_BTD.shape)
+        d_hidden_BTD = _join(d_hidden_CND, targets_BT.shape)
         d_hidden_BTD = jax.lax.psum(d_hidden_BTD, rules.vocab)
-        d_head_DV = jax.lax.psum(d_head_DV, tuple(axis for axis in rules.batch if axis not in rules.embed))
-        d_head_DV = jax.lax.psum_scatter(d_head_DV, rules.embed, scatter_dimension=0, tiled=True)
+        d_head_DV = jax.lax.psum(d_head_DV, tuple(axis for axis in shards if axis not in rules.table_embed))
+        d_head_DV = jax.lax.psum_scatter(d_head_DV, rules.table_embed, scatter_dimension=0, tiled=True)
         return *sums, d_hidden_BTD, d_head_DV.astype(head_DV.dtype)
 
-    hidden, head, tokens = rules.spec("batch", None, None), rules.spec("embed", "vocab"), rules.spec("batch", None)
+    hidden, head, tokens = _specs(hidden_BTD, rules)
     out_specs = (jax.P(), jax.P(), *((hidden, head) if with_gradients else ()))
     return jax.shard_map(shard, in_specs=(hidden, head, tokens, tokens), out_specs=out_specs, check_vma=False)(
-        hidden_BTD, head_DV, targets_BT, weights_BT
+        hidden_BTD, head_DV, jax.reshard(targets_BT, tokens), jax.reshard(weights_BT, tokens)
     )
 
 
@@ -117,7 +119,7 @@ def token_statistics(
     """(nll_BT float32 in nats, rank_BT int32: how many tokens of the vocabulary are likelier than the target)."""
 
     def shard(hidden_BTD, head_DV, targets_BT):
-        head_DV = jax.lax.all_gather(head_DV, rules.embed, axis=0, tiled=True)
+        head_DV = jax.lax.all_gather(head_DV, rules.table_embed, axis=0, tiled=True)
 
         def chunk_statistics(inputs):
             hidden_ND, targets_N = inputs
@@ -128,10 +130,17 @@ def token_statistics(
         statistics = jax.lax.map(chunk_statistics, _split(chunk, head_DV.shape[1], hidden_BTD, targets_BT))
         return tuple(_join(values_CN, targets_BT.shape) for values_CN in statistics)
 
-    hidden, head, tokens = rules.spec("batch", None, None), rules.spec("embed", "vocab"), rules.spec("batch", None)
+    hidden, head, tokens = _specs(hidden_BTD, rules)
     return jax.shard_map(shard, in_specs=(hidden, head, tokens), out_specs=(tokens, tokens), check_vma=False)(
-        hidden_BTD, head_DV, targets_BT
+        hidden_BTD, head_DV, jax.reshard(targets_BT, tokens)
     )
+
+
+def _specs(hidden_BTD, rules):
+    """How hidden states, head and tokens are sharded."""
+    leading = ("microbatches",) * (hidden_BTD.ndim - 3)
+    tokens = (*leading, "batch", "length")
+    return rules.spec(*tokens, None), rules.spec("table_embed", "vocab"), rules.spec(*tokens)
 
 
 def _log_z(hidden_ND, head_DV, targets_N, soft_cap, rules):
@@ -155,14 +164,14 @@ def _local_ids(head_DV, rules):
 
 
 def _split(chunk, local_vocab_size, *arrays):
-    """[B, T, ...] -> [C, N, ...], padded with zeros, whose weight is zero."""
-    num_tokens = math.prod(arrays[0].shape[:2])
+    """[B, T, ...] -> [C, N, ...], padded with zeros, whose weight is zero. The second array is [B, T]."""
+    num_tokens = arrays[1].size
     chunk = min(chunk or max(1, LOGITS_BYTES // (4 * local_vocab_size)), num_tokens)
     num_chunks = -(-num_tokens // chunk)
     chunk = -(-num_tokens // num_chunks)  # even chunks pad least
 
     def split(array):
-        flat = array.reshape(num_tokens, *array.shape[2:])
+        flat = array.reshape(num_tokens, *array.shape[arrays[1].ndim :])
         padding = [(0, num_chunks * chunk - num_tokens)] + [(0, 0)] * (flat.ndim - 1)
         return jnp.pad(flat, padding).reshape(num_chunks, chunk, *flat.shape[1:])
 
@@ -170,5 +179,6 @@ def _split(chunk, local_vocab_size, *arrays):
 
 
 def _join(array_CN, shape):
-    """The inverse of _split: [C, N, ...] -> `shape`."""
-    return array_CN.reshape(-1, *array_CN.shape[2:])[: shape[0] * shape[1]].reshape(shape)
+    """The inverse of _split: [C, N, ...] -> [*shape, ...]."""
+    flat = array_CN.reshape(-1, *array_CN.shape[2:])
+    return flat[: math.prod(shape)].reshape(*shape, *flat.shape[1:])

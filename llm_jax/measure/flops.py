@@ -13,6 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from llm_jax.parallel import chips
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
@@ -22,33 +24,26 @@ class Peak:
     source: str
 
 
-# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its device_kind (the first that fits).
-SCALING_BOOK = "https://jax-ml.github.io/scaling-book"
-GOOGLE_CLOUD = "https://docs.cloud.google.com/tpu/docs/tpu7x"
-PEAKS = (
-    ("TPU v4", 275e12, SCALING_BOOK),
-    ("TPU v5 lite", 197e12, SCALING_BOOK),
-    ("TPU v5e", 197e12, SCALING_BOOK),
-    ("TPU v5", 459e12, GOOGLE_CLOUD),  # v5p calls itself v5
-    ("TPU v6", 918e12, GOOGLE_CLOUD),
-    ("TPU7x", 2307e12 / 2, GOOGLE_CLOUD),  # a chip is two devices
-    ("NVIDIA A100", 312e12, "NVIDIA A100 datasheet"),
-    ("NVIDIA H100", 989e12, "NVIDIA H100 datasheet, SXM"),
-    ("NVIDIA H200", 989e12, "NVIDIA H200 datasheet, SXM"),
-    ("NVIDIA B200", 2250e12, "NVIDIA B200 datasheet"),
-)
 SLOWER_BOARDS = ("PCIe", "NVL")  # of the same name with other clocks: measured instead
 MEASURING_SECONDS = 0.3
 
 
 def flops_per_token(
     *, num_layers: int, width: int, num_heads: int, num_kv_heads: int, head_width: int, feed_forward_width: int,
-    gated: bool, vocab_size: int, sequence_length: int, causal: bool,
+    gated: bool, vocab_size: int, sequence_length: int, causal: bool, num_moe_layers: int = 0, num_experts: int = 0,
+    experts_per_token: int = 0, num_shared_experts: int = 0, expert_width: int = 0,
 ) -> float:  # fmt: skip
-    """FLOPs of training (forward and backward) per token of a decoder-only Transformer."""
+    """FLOPs of training (forward and backward) per token of a decoder-only Transformer.
+
+    Of the num_layers, num_moe_layers are mixtures of experts: a token meets the router and the experts it goes to.
+    """
+    matrices = 3 if gated else 2
     attention_weights = width * head_width * (2 * num_heads + 2 * num_kv_heads)
-    feed_forward_weights = (3 if gated else 2) * width * feed_forward_width
-    weights = num_layers * (attention_weights + feed_forward_weights) + width * vocab_size
+    dense_weights = matrices * width * feed_forward_width
+    experts_met = experts_per_token + num_shared_experts
+    moe_weights = width * num_experts + experts_met * matrices * width * expert_width
+    weights = num_layers * attention_weights + width * vocab_size
+    weights += (num_layers - num_moe_layers) * dense_weights + num_moe_layers * moe_weights
     keys = sequence_length / 2 if causal else sequence_length
     attention = num_layers * 2 * num_heads * head_width * keys  # scores and weighted values
     return 3 * 2 * (weights + attention)
@@ -63,9 +58,10 @@ def peak_flops(device: jax.Device, dtype) -> Peak:
     """The published peak for 16-bit floats on a known accelerator, else what a square matrix product reaches (half a
     second). Simulated devices of one CPU share its cores, so each is given its part of what one of them reaches."""
     known = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and not any(b in device.device_kind for b in SLOWER_BOARDS)
-    for kind, value, source in PEAKS if known else ():
-        if device.device_kind.startswith(kind):
-            return Peak(value=value, source=f"published: {kind}, dense bfloat16 ({source})")
+    chip = chips.of_device_kind(device.device_kind) if known else None
+    if chip is not None:
+        source = f"published: dense bfloat16 of one {chip.name} ({chip.sources[0]})"
+        return Peak(value=chip.flops / chip.devices, source=source)
     size = 1024 if device.platform == "cpu" else 8192
     value = _measure(device, dtype, size)
     name = f"measured: {size} x {size} {jnp.dtype(dtype).name} matrix product on {device.device_kind}"

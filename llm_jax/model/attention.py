@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm_jax.kernels.attention import reference_attention
+from llm_jax.kernels.attention import attention
 from llm_jax.model.norm import Norm
 from llm_jax.model.parameter import constant, gathered, weight
 from llm_jax.model.position import rotate
@@ -28,6 +28,7 @@ class Attention(nnx.Module):
         rope_theta: float | None,
         use_bias: bool,
         make_head_norm: Callable[[int], Norm] | None,
+        implementation: str,
         dtype: jnp.dtype,
         rules: Rules,
         key: jax.Array,
@@ -48,11 +49,13 @@ class Attention(nnx.Module):
         self.rope_theta = rope_theta
         self.dtype = dtype
         self.into_spec, self.out_spec = rules.spec(None, "heads", None), rules.spec("heads", None, None)
-        self.x_spec = rules.spec("batch", None, None)
+        self.implementation = implementation
+        self.rules = rules
 
-    def __call__(self, x_BTD, segments_BT, positions_BT, cache=None):
-        """(output, (k_BSKH, v_BSKH)).
+    def __call__(self, x_BTD, segments_BT, positions_BT, spec: jax.P, order=None, cache=None):
+        """(output sharded as `spec`, (k_BSKH, v_BSKH)). x_BTD has its sequence sharded as within a layer.
 
+        `order` [T] is the order in which the positions of a row stand; None: their own. Without a cache only.
         `cache` is None or (k_BSKH, v_BSKH, segments_BS, offset): room for S keys, of which `offset` are written; the T
         new ones are written behind them, and their segments stand in segments_BS already.
         """
@@ -66,16 +69,20 @@ class Attention(nnx.Module):
             q_BTNH = rotate(q_BTNH, positions_BT, self.rope_theta)
             k_BTKH = rotate(k_BTKH, positions_BT, self.rope_theta)
         if cache is None:
-            k_BSKH, v_BSKH, key_segments_BS, offset = k_BTKH, v_BTKH, segments_BT, 0
+            # All keys of a row: where the sequence is sharded, they are gathered (Llama 3, arXiv:2407.21783, 3.3.2).
+            whole = self.rules.spec("batch", None, "heads", None)
+            k_BSKH, v_BSKH = jax.reshard(k_BTKH, whole), jax.reshard(v_BTKH, whole)
+            key_segments_BS, offset = jax.reshard(segments_BT, self.rules.spec("batch", None)), 0
         else:
             k_BSKH, v_BSKH, key_segments_BS, offset = cache
             k_BSKH = jax.lax.dynamic_update_slice_in_dim(k_BSKH, k_BTKH, offset, axis=1)
             v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, v_BTKH, offset, axis=1)
-        out_BTNH = reference_attention(
-            q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, key_segments_BS=key_segments_BS, offset=offset
-        )
+        out_BTNH = attention(
+            q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, key_segments_BS=key_segments_BS, order=order,
+            offset=offset, implementation=self.implementation if cache is None else "reference", rules=self.rules,
+        )  # fmt: skip
         wo_NHD = gathered(self.wo, self.out_spec, self.dtype)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD, out_sharding=self.x_spec)
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD, out_sharding=spec)
         if self.bo is not None:
             out_BTD += self.bo[...].astype(self.dtype)
         return out_BTD, (k_BSKH, v_BSKH)

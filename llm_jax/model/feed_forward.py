@@ -37,16 +37,16 @@ class FeedForward(nnx.Module):
         self.b_down = constant(0.0, (width,), jax.P(None)) if use_bias else None
         self.dtype = dtype
         self.into_spec, self.out_spec = rules.spec(None, "feed_forward"), rules.spec("feed_forward", None)
-        self.x_spec = rules.spec("batch", None, None)
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, spec: jax.P):
+        """x_BTD has its sequence sharded as within a layer; the result is sharded as `spec`."""
         up_BTF = self._project(x_BTD, self.w_up, self.b_up)
         if self.w_gate is None:
             hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
         else:
             hidden_BTF = jax.nn.silu(self._project(x_BTD, self.w_gate, self.b_gate)) * up_BTF
         w_down_FD = gathered(self.w_down, self.out_spec, self.dtype)
-        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, w_down_FD, out_sharding=self.x_spec)
+        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, w_down_FD, out_sharding=spec)
         return out_BTD if self.b_down is None else out_BTD + self.b_down[...].astype(self.dtype)
 
     def _project(self, x_BTD, weight_DF, bias_F):

@@ -1,5 +1,7 @@
 """The processes of a run: how they start, know of each other, and leave together."""
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import os
 import signal
@@ -16,9 +18,11 @@ import numpy as np
 from jax._src import distributed  # its key-value store has no public name; Orbax uses it by this one, too
 from jax.experimental import multihost_utils
 
-from llm_jax.config import Parallel, UserError
+from llm_jax.config import Parallel, RunFailed, UserError
+from llm_jax.parallel.cluster import Place, find, own_gpus
 
 PREEMPTED = 75  # exit code: stopped after a notice, start again
+SECONDS_TO_MEET = 300  # for all processes to have come; JAX's default
 SECONDS_BETWEEN_POLLS = 0.05
 ALONE = 10**6  # seconds
 
@@ -32,20 +36,17 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Configures JAX; call before the first device is touched.
+    """Configures JAX and meets the other processes of the run; call before the first device is touched.
 
-    jax.distributed is initialised for a single process, too: it is what receives preemption notices (SIGTERM), so that
-    the run can save and stop instead of just dying. A job that does not ask for them still dies (saves_on_sigterm).
+    Without flags, what started the process tells of the others: Open MPI, Slurm, a TPU VM, Kubernetes; standard error
+    is told which. jax.distributed is initialised for a single process, too: it is what receives preemption notices
+    (SIGTERM), so that the run can save and stop instead of just dying. A job that does not ask for them still dies
+    (saves_on_sigterm). Raises RunFailed if they do not meet.
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached; given in all num_processes processes or in none
+      num_processes: alone, it is 1 for a process on its own, or how many there must be
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if None in given.values() and set(given.values()) != {None}:
-        missing = " and ".join(f"--{name}" for name, value in given.items() if value is None)
-        raise UserError(f"--coordinator, --num_processes and --process_id belong together; give {missing}, too")
-    if num_processes is not None and process_id is not None and process_id >= num_processes:
-        raise UserError(f"--process_id={process_id} must be less than --num_processes={num_processes}")
     if parallel.num_cpu_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", parallel.num_cpu_devices)
@@ -54,20 +55,81 @@ def start(
     if jax.distributed.is_initialized():
         return
     on_cpu = jax.config.jax_platforms == "cpu"
+    place = find(coordinator, num_processes, process_id, tpus=not on_cpu, seconds=SECONDS_TO_MEET)
+    if place.started_by:
+        print(place, file=sys.stderr, flush=True)
     heartbeat = parallel.heartbeat_seconds or (4 if on_cpu else 60)
-    if coordinator is None:
+    if not place.coordinator:
         jax.config.update("jax_cpu_collectives_implementation", None)  # devices of one process need no sockets
-        coordinator, num_processes, process_id = f"127.0.0.1:{_free_port()}", 1, 0
+        place = dataclasses.replace(place, coordinator=f"127.0.0.1:{_free_port()}")
         heartbeat = ALONE  # a process that is stopped (Ctrl-Z) for a while must not take itself for dead
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
+    elif place.process_id == 0:
+        _require_free_port(place.coordinator)
+    _reach_directly(place.coordinator)
+    _meet(
+        place,
+        local_device_ids=own_gpus(place),
+        cluster_detection_method="deactivate",
+        initialization_timeout=2 * SECONDS_TO_MEET,  # JAX's end would be an abort that does not say what is amiss
         heartbeat_timeout_seconds=heartbeat,
         shutdown_timeout_seconds=60,
     )
     if not saves_on_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _require_free_port(coordinator: str) -> None:
+    """JAX would not notice another run there, and each would take the other's processes for its own."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise RunFailed(
+                f"port {port} of process 0 ({coordinator}): {error.strerror}; end what has it, often an earlier start "
+                "of this run, or give another one by --coordinator or JAX_COORDINATOR_PORT"
+            ) from error
+
+
+def _reach_directly(coordinator: str) -> None:
+    """Not by a proxy of the environment, which gRPC would take even to this host, and wait for ever."""
+    jax.config.update("jax_check_proxy_envs", False)
+    others = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, [coordinator.rpartition(":")[0].strip("[]"), others]))
+
+
+def _meet(place: Place, **options) -> None:
+    """jax.distributed.initialize in a thread: this one is open to SIGTERM and Ctrl-C, and gives up in time."""
+    met = concurrent.futures.Future()
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(place.coordinator, place.num_processes, place.process_id, **options)
+        except BaseException as error:
+            met.set_exception(error)
+        else:
+            met.set_result(None)
+
+    threading.Thread(target=initialize, daemon=True, name="meeting").start()
+    if not concurrent.futures.wait([met], SECONDS_TO_MEET).done:
+        raise RunFailed(
+            f"process {place.process_id} of {place.num_processes} has waited {SECONDS_TO_MEET} s for the others: "
+            + _why_not_met(place.coordinator)
+        )
+    met.result()
+
+
+def _why_not_met(coordinator: str) -> str:
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return (
+            f"process 0 cannot be reached at {coordinator} ({error}); see that it runs, that this is its address as "
+            "seen from here, and that no firewall closes the port"
+        )
+    return f"process 0 is at {coordinator}, but not all have come; see that each runs, with its own number"
 
 
 def _free_port() -> int:

@@ -38,7 +38,7 @@ class Watchdog:
     ):
         self._limits = {section: limit for section, limit in limits.items() if limit is not None}
         self._folder = folder
-        self._process = process
+        self.process = process
         self._clock = clock
         # Each is replaced as a whole, which is why no lock is needed.
         self._begun = ("start", clock())
@@ -103,8 +103,8 @@ class Watchdog:
             os._exit(CRASHED)
 
     def _report(self, why: str) -> None:
-        path = self._folder / f"stacks-{self._process}-{int(time.time())}.txt"
-        line = f"watchdog, process {self._process}: {why}; the stacks of all threads: {path}"
+        path = self._folder / f"stacks-{self.process}-{int(time.time())}.txt"
+        line = f"watchdog, process {self.process}: {why}; the stacks of all threads: {path}"
         print(line, file=sys.stderr, flush=True)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,11 @@ def _scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformation
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def names(path) -> list[str]:
+    """The names of the attributes that lead to a parameter."""
+    return [key.name for key in path if hasattr(key, "name") and key.name != "value"]
+
+
 def is_matrix(parameters):
     """A tree of bools: True for weights and embeddings, False for norm scales and biases, told by their names.
 
@@ -47,7 +52,7 @@ def is_matrix(parameters):
     """
 
     def by_name(path, _):
-        name = [key.name for key in path if hasattr(key, "name") and key.name != "value"][-1]
+        name = names(path)[-1]
         return not (name == "scale" or name == "bias" or name.startswith("b"))
 
     return jax.tree_util.tree_map_with_path(by_name, parameters)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax import config
+from llm_jax.kernels.attention import choose_implementation
 from llm_jax.model.transformer import Shape, Transformer
-from llm_jax.parallel.sharding import Rules, require_divisible, shards_parameters
+from llm_jax.parallel.sharding import Rules, blocks_gather, num_shards, require_divisible
 from llm_jax.training import spikes
 
 
@@ -46,6 +47,11 @@ def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -
         qk_norm=model.qk_norm,
         tie_embeddings=model.tie_embeddings,
         logit_soft_cap=model.logit_soft_cap,
+        pattern=model.pattern,
+        num_experts=model.num_experts or 0,
+        experts_per_token=model.experts_per_token,
+        num_shared_experts=model.num_shared_experts,
+        expert_width=model.expert_width or model.feed_forward_width or feed_forward_width,
     )
 
 
@@ -66,10 +72,12 @@ def make_init(
     seed: int,
     window: int,
     ema: bool,
+    rounds: int = 1,
 ):
     """A function of nothing that makes the state of step 0 in its sharding; jit it, or eval_shape it for its types.
 
-    window: config.Spikes.window; ema: whether an average of the parameters is kept. It starts at the first ones.
+    window: config.Spikes.window; ema: whether an average of the parameters is kept. It starts at the first ones;
+    rounds: config.Parallel.rounds.
 
     Raises UserError if a dimension does not divide by its shards.
     """
@@ -77,20 +85,31 @@ def make_init(
         mesh,
         rules,
         {
-            "model.width": (shape.width, "embed"),
+            "model.width": (shape.width, "table_embed"),
             "model.num_heads": (shape.num_heads, "heads"),
             "model.num_kv_heads": (shape.num_kv_heads, "heads"),
             "model.feed_forward_width": (shape.feed_forward_width, "feed_forward"),
             "tokenizer.vocab_size": (shape.vocab_size, "vocab"),
+            **({"model.num_experts": (shape.num_experts, "experts")} if shape.num_experts else {}),
+            **({"model.expert_width": (shape.expert_width, "feed_forward")} if shape.num_experts else {}),
         },
     )
     platform = mesh.devices.flat[0].platform
-    gathers = shards_parameters(mesh, rules)
+    gathers = blocks_gather(mesh, rules)
     # Unrolled is 12-18 % faster on CPU, but XLA then gathers all layers early: 222 MB of temporaries against 47 MB.
     unroll = model.layers == "unroll" or (model.layers == "auto" and platform == "cpu" and not gathers)
     remat = "gathers" if model.remat == "none" and gathers else model.remat
     make_model = functools.partial(
-        Transformer, shape, dtype=compute_dtype(model, platform), unroll=unroll, remat=remat, rules=rules
+        Transformer,
+        shape,
+        attention=choose_implementation(
+            platform, length=shape.max_length, length_shards=num_shards(mesh, rules.length)
+        ),
+        dtype=compute_dtype(model, platform),
+        unroll=unroll,
+        remat=remat,
+        rounds=rounds,
+        rules=rules,
     )
 
     def init() -> TrainState:

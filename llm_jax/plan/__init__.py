@@ -1,0 +1,1 @@
+"""What a run needs of the hardware, before it is paid for."""
