@@ -263,7 +263,7 @@ def test_tpu_vm_whose_metadata_do_not_answer(places, monkeypatch):
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)
-    with pytest.raises(RunFailed, match="metadata server of this TPU VM does not answer .no route to host.*network"):
+    with pytest.raises(RunFailed, match="TPU VM cannot be placed among others .no route to host.*network"):
         places({})
 
 
@@ -271,10 +271,10 @@ def test_tpu_vm_whose_metadata_do_not_answer(places, monkeypatch):
     "flags, environment, message",
     [
         ({"num_processes": 2}, {}, "belong together; give --coordinator and --process_id, too"),
-        ({"num_processes": 2}, BATCH, "belong together; give --coordinator and --process_id, too"),
+        ({"num_processes": 2}, BATCH, "--num_processes=2, but there are 1 .Slurm job 123, of which srun would start 6."),
         ({"process_id": 1}, SLURM, "belong together; give --coordinator and --num_processes, too"),
         ({"coordinator": "a:1"}, {}, "belong together; give --num_processes and --process_id, too"),
-        ({"num_processes": 2}, SLURM, "--num_processes=2, but Slurm job 123 has 6; leave it out"),
+        ({"num_processes": 2}, SLURM, "--num_processes=2, but there are 6 .Slurm job 123.; leave it out"),
         ({"coordinator": "a", "num_processes": 2, "process_id": 1}, {}, "--coordinator=a must be HOST:PORT"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, {}, "must be less than --num_processes=2"),
     ],
@@ -306,4 +306,12 @@ def test_gpus_of_processes_that_share_a_host(local_id, local_count, environment,
     else:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-    assert cluster.own_gpus(Place(local_id=local_id, local_count=local_count)) == gpus
+    place = Place(started_by="Slurm job 123", local_id=local_id, local_count=local_count)
+    assert cluster.own_gpus(place) == gpus
+
+
+def test_gpus_that_slurm_has_not_bound(monkeypatch):
+    """mpirun in an allocation: its processes inherit what Slurm's tasks would have had."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert cluster.own_gpus(Place(started_by="Open MPI", local_id=1, local_count=4)) == [1]

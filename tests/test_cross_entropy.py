@@ -25,9 +25,8 @@ def inputs(dtype=jnp.float32, batch_size=8, length=7, width=16, vocab_size=32):
 
 def put(mesh, hidden_BTD, head_DV, *arrays_BT):
     """The inputs in the shardings that cross_entropy asks for."""
-    specs = [RULES.spec("batch", None, None), RULES.spec("table_embed", "vocab")] + [RULES.spec("batch", None)] * len(
-        arrays_BT
-    )
+    specs = [RULES.spec("batch", "length", None), RULES.spec("table_embed", "vocab")]
+    specs += [RULES.spec("batch", "length")] * len(arrays_BT)
     arrays = (hidden_BTD, head_DV, *arrays_BT)
     return [jax.device_put(a, jax.NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
 

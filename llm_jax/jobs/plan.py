@@ -37,16 +37,29 @@ def run(
     train.steps updates. A run that does not fit is an answer too."""
     if topology is None:
         raise UserError("plan needs --topology=CHIP:SHAPE, such as v5e:4x4, v5p:4x4x8 or h100:64")
+    if config.tokenizer.model_file is not None:
+        raise UserError(
+            "plan does not read tokenizer.model_file; give the size of its vocabulary: "
+            "--config.tokenizer.model_file=none --config.tokenizer.vocab_size=N"
+        )
+    if config.model.dtype == "float32":
+        raise UserError("plan counts what accelerators compute in, not model.dtype=float32; try model.dtype=bfloat16")
     machine, why = parse(topology, slices), None
     if config.parallel.auto:
         config.parallel, why = choose(config, machine.num_devices, machine.chip, machine.slices)
     job = make_job(config)
-    found = estimate(job, machine, resolve(job, config.parallel, machine))
+    meshes = find_meshes(job, machine) if search else []
+    try:
+        found = estimate(job, machine, resolve(job, config.parallel, machine))
+    except UserError:
+        if not meshes or compile:
+            raise
+        found, why = meshes[0], f"{mesh_name(meshes[0].sizes)}: the fastest found; that of the config cannot be"
     result = plan(found, tokens or job.steps * job.tokens, price)
     if why is not None:
         result["auto"] = why
     if search:
-        result["search"] = [row(other) for other in find_meshes(job, machine)]
+        result["search"] = [row(other) for other in meshes]
     by_compiler = _compile(config, machine) if compile else None
     if by_compiler is not None:
         result["compiled"] = by_compiler.to_dict()
@@ -86,9 +99,7 @@ def plan(found: Estimate, tokens: float, price: float | None) -> dict:
             "roofline_compute": times.ideal,
             "roofline_hbm": times.hbm,
         },
-        "exchanges": [
-            dataclasses.asdict(exchange) | {"bound": exchange.seconds > times.compute} for exchange in times.exchanges
-        ],
+        "exchanges": [dataclasses.asdict(exchange) | {"bound": times.bound(exchange)} for exchange in times.exchanges],
         "tokens_per_second": rate,
         "tokens_per_second_per_chip": rate / machine.num_chips,
         "mfu": found.mfu(causal=True),
@@ -182,7 +193,7 @@ def text(found: Estimate, result: dict, by_compiler: Compiled | None = None) -> 
             *(
                 f"  {'+'.join(e.axes) + ': ' + e.what:32} {_figure(e.bytes / 1e9):>9} {_figure(e.seconds):>9} "
                 f"{e.seconds / times.compute:8.1%}  {e.over}, {'hidden' if e.hidden else 'waited for'}"
-                f"{', COMMUNICATION BOUND' if e.seconds > times.compute else ''}"
+                f"{', COMMUNICATION BOUND' if times.bound(e) else ''}"
                 for e in times.exchanges
             ),
         ]

@@ -61,10 +61,11 @@ class Chip:
 SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
-# `hbm` of TPUs is what libtpu 0.0.42 calls available when a program is too large (v5e: 15.75 GiB of 16); of GPUs, 0.92
-# of what is sold, as XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 gives. `product` of TPUs is what libtpu's cost model says of
+# `hbm` of TPUs is what libtpu 0.0.42 calls available when a program is too large (v5e: 15.75 GiB of 16); of GPUs, three
+# quarters of what is sold: what JAX takes if not told otherwise. `product` of TPUs is what libtpu's cost model says of
 # 8192 x 8192 matrices (v5p: 4.65 million cycles, at the clock that gives the published peak; v7x: at 2.2 GHz, a guess);
 # of GPUs what an H200 was measured to reach, 790 TFLOP/s; the others are given the same share.
+ON_CHIP = 6  # times a link: between the two devices of a v7x chip (cloud.google.com/tpu/docs/tpu7x)
 CHIPS = (
     Chip(
         name="v4", device_kinds=("TPU v4",), flops=275e12, product=0.93,
@@ -93,22 +94,22 @@ CHIPS = (
     ),
     Chip(
         name="a100", device_kinds=("NVIDIA A100",), flops=312e12, product=0.80,
-        hbm=0.92 * 80e9, hbm_bandwidth=2.04e12, link=300e9, dcn=25e9,
+        hbm=0.75 * 80e9, hbm_bandwidth=2.04e12, link=300e9, dcn=25e9,
         torus=0, host=8, max_chips=2**16, sources=("NVIDIA A100 datasheet, SXM, 80 GB",),
     ),
     Chip(
         name="h100", device_kinds=("NVIDIA H100",), flops=989e12, product=0.80,
-        hbm=0.92 * 80e9, hbm_bandwidth=3.35e12, link=450e9, dcn=50e9,
+        hbm=0.75 * 80e9, hbm_bandwidth=3.35e12, link=450e9, dcn=50e9,
         torus=0, host=8, max_chips=2**16, sources=("NVIDIA H100 datasheet, SXM",),
     ),
     Chip(
         name="h200", device_kinds=("NVIDIA H200",), flops=989e12, product=0.80,
-        hbm=0.92 * 141e9, hbm_bandwidth=4.8e12, link=450e9, dcn=50e9,
+        hbm=0.75 * 141e9, hbm_bandwidth=4.8e12, link=450e9, dcn=50e9,
         torus=0, host=8, max_chips=2**16, sources=("NVIDIA H200 datasheet, SXM",),
     ),
     Chip(
         name="b200", device_kinds=("NVIDIA B200",), flops=2250e12, product=0.80,
-        hbm=0.92 * 180e9, hbm_bandwidth=8e12, link=900e9, dcn=50e9,
+        hbm=0.75 * 180e9, hbm_bandwidth=8e12, link=900e9, dcn=50e9,
         torus=0, host=8, max_chips=2**16, sources=("NVIDIA B200 datasheet",),
     ),
 )  # fmt: skip

@@ -61,12 +61,12 @@ def find(
     else:
         place = Place() if coordinator or process_id is not None else _found(num_processes, tpus=tpus, seconds=seconds)
         given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-        if set(given.values()) != {None} and not place.coordinator:
+        if set(given.values()) != {None} and not place.started_by:
             missing = " and ".join(f"--{name}" for name, value in given.items() if value is None)
             raise UserError(f"--coordinator, --num_processes and --process_id belong together; give {missing}, too")
         if num_processes not in (None, place.num_processes):
             raise UserError(
-                f"--num_processes={num_processes}, but {place.started_by} has {place.num_processes}; leave it out"
+                f"--num_processes={num_processes}, but there are {place.num_processes} ({place.started_by}); leave it out"
             )
     if place.process_id >= place.num_processes:
         raise UserError(f"--process_id={place.process_id} must be less than --num_processes={place.num_processes}")
@@ -176,10 +176,10 @@ def _tpu(seconds: int) -> Place | None:
                 process_id=cluster.get_process_id(),
                 coordinator=cluster.get_coordinator_address(seconds, str(_port())),
             )
-    except OSError as error:  # one of the package requests is, too
+    except (OSError, RuntimeError) as error:  # no metadata (one of the package requests is an OSError); no such host
         raise RunFailed(
-            f"the metadata server of this TPU VM does not answer ({error}); in a container, give it the network of the "
-            "host, or give --coordinator, --num_processes and --process_id"
+            f"this TPU VM cannot be placed among others ({error}); in a container, give it the network of the host, or "
+            "give --coordinator, --num_processes and --process_id"
         ) from error
     return None
 
@@ -215,7 +215,9 @@ def _port(job: int | None = None) -> int:
 
 def own_gpus(place: Place) -> list[int] | None:
     """The GPUs of this process among the visible ones, if it shares them with others on its host; None: all of them."""
-    by_slurm = "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    by_slurm = place.started_by.startswith("Slurm") and (
+        "SLURM_GPUS_PER_TASK" in os.environ or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    )
     if place.local_count == 1 or by_slurm or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

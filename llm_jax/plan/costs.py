@@ -92,14 +92,25 @@ class Times:
     def compute(self) -> float:
         return self.products + self.attention + self.elementwise
 
+    def room(self, exchange: Exchange) -> float:
+        """Seconds in which it may hide: while the layers compute; gradients, while the backward pass does, two thirds
+        of that."""
+        return self.compute * (2 / 3 if exchange.what.startswith("gradients") else 1)
+
+    def bound(self, exchange: Exchange) -> bool:
+        """Whether it takes longer than all the computing it could run beside."""
+        return exchange.seconds > self.room(exchange)
+
     @property
     def exposed(self) -> float:
-        """What of the exchanges is waited for. Those that are hidden run while the layers compute: between slices only
-        while the backward pass does, two thirds of the time, since they are gradients."""
+        """What of the exchanges is waited for; those of one network that are hidden share the time to hide in."""
         waited = sum(e.seconds for e in self.exchanges if not e.hidden)
-        hidden = {over: sum(e.seconds for e in self.exchanges if e.hidden and e.over == over) for over in OVER}
-        backward = self.compute * 2 / 3
-        return waited + max(0.0, hidden["ici"] + hidden["nvlink"] - self.compute, hidden["dcn"] - backward)
+        excess = [0.0]
+        for over in OVER:
+            hidden = [e for e in self.exchanges if e.hidden and e.over == over]
+            if hidden:
+                excess.append(sum(e.seconds for e in hidden) - max(map(self.room, hidden)))
+        return waited + max(excess)
 
     @property
     def step(self) -> float:
@@ -257,6 +268,8 @@ def _exchanges(job: Job, network: Network, sizes: Sizes) -> list[Exchange]:
     s, work = job.shape, local_work(job, sizes)
     remat, stages = remat_in_effect(job, sizes), shards(sizes, "layers")
     layers = work.layers * len(s.pattern)
+    # A stage without work computes, and sends, all the same.
+    passes = work.passes / (1 - bubble_fraction(stages, job.rounds, job.microbatches))
     found = []
 
     def used(*names: str) -> tuple[str, ...]:
@@ -277,13 +290,13 @@ def _exchanges(job: Job, network: Network, sizes: Sizes) -> list[Exchange]:
             )
 
     # Weights: gathered forward and backward (once more by a pipeline), gradients scattered, in bfloat16.
-    times = (3 + (stages > 1)) * work.passes * work.layers
+    times = (3 + (stages > 1)) * passes * work.layers
     add(used("embed"), "weights", HALF * gathered(s, sizes, "dense"), times, hidden=True)
     add(used("expert_embed"), "experts' weights", HALF * gathered(s, sizes, "expert"), times, hidden=True)
     copies = tuple(axis for axis in used("batch") if axis not in RULES.embed)
     for kind, name in (("dense", "embed"), ("expert", "expert_embed")):
         local = HALF * gathered(s, sizes, kind) / shards(sizes, name)
-        add(copies, "gradients", local, 2 * work.passes * work.layers, hidden=True)
+        add(copies, "gradients", local, 2 * passes * work.layers, hidden=True)
 
     # Embedding and head: gathered, their gradients scattered (in bfloat16: the compiler rounds before it sends).
     head = s.width * s.vocab_size // shards(sizes, "vocab")
@@ -295,17 +308,17 @@ def _exchanges(job: Job, network: Network, sizes: Sizes) -> list[Exchange]:
     # remat gathers again, and if it keeps nothing scatters once more. Embedding and loss: three all-reduces.
     within = HALF * s.width * work.tokens
     count = 8 + 2 + (remat == "full") + (4 if stages > 1 else 0)
-    add(used("heads"), "activations", within, count * layers * work.passes)
+    add(used("heads"), "activations", within, count * layers * passes)
     add(used("vocab"), "embedding and loss", within, 6 * rounds)
 
     # Context parallelism: keys and values gathered forward and backward, their gradients scattered.
     keys = HALF * 2 * work.rows * job.sequence_length * s.num_kv_heads * s.head_width / shards(sizes, "heads")
-    add(used("length"), "keys and values", keys, (3 + (stages > 1)) * layers * work.passes)
+    add(used("length"), "keys and values", keys, (3 + (stages > 1)) * layers * passes)
 
     # Expert parallelism: tokens gathered and results scattered; backward tokens again, and the gradients of both.
     exchanged = within * shards(sizes, "experts") if "moe" in s.pattern else 0.0
     places = s.pattern.count("moe")
-    add(used("experts"), "tokens", exchanged, (5 + (stages > 1)) * places * work.layers * work.passes)
+    add(used("experts"), "tokens", exchanged, (5 + (stages > 1)) * places * work.layers * passes)
 
     if stages > 1:
         (axis,) = RULES.layers

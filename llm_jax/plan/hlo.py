@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from llm_jax.parallel.chips import Chip
+from llm_jax.parallel.chips import ON_CHIP, Chip
 from llm_jax.plan.costs import ATTENTION
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -31,7 +31,6 @@ IOTA = r"(\[[\d,]+\])<=(\[[\d,]+\])(?:T\(([\d,]+)\))?"
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "v7x": 2.2e9}
 ICI_LATENCY = 1e-6  # seconds a hop: assumed
 DCN_LATENCY = 20e-6  # seconds: assumed
-ON_CHIP = 6  # times a link: between the two devices of a v7x chip (cloud.google.com/tpu/docs/tpu7x)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 
+from llm_jax.parallel.chips import ON_CHIP
 from llm_jax.plan.memory import Sizes
 from llm_jax.plan.topology import Topology
 
@@ -48,7 +49,7 @@ class Network:
             if not chip.torus:
                 rate = chip.link
             elif inner == cores:
-                rate = chip.hbm_bandwidth / chip.devices
+                rate = ON_CHIP * chip.link
             else:  # the cores of a chip share its links, and what they fetch if both need it
                 rate = self._links(places) * chip.link * cores / chip.devices
             within = size * (1 - 1 / inner) / rate

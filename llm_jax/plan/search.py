@@ -97,13 +97,13 @@ def search(job: Job, topology: Topology, *, count: int = 10) -> list[Estimate]:
             continue
         rows = job.batch_size // shards(sizes, "batch")
         variants = []
-        for remat, microbatches in itertools.product(REMATS, _divisors(rows)):
-            variant = dataclasses.replace(job, remat=remat, microbatches=microbatches)
-            if microbatches % sizes.stage or not _fits(variant, sizes, topology):
-                continue
-            variants.append(estimate(variant, topology, sizes))
-            if sizes.stage == 1:
-                break
+        for remat in REMATS:
+            ways = (
+                dataclasses.replace(job, remat=remat, microbatches=n) for n in _divisors(rows) if n % sizes.stage == 0
+            )
+            fitting = (way for way in ways if _fits(way, sizes, topology))
+            fewest = itertools.islice(fitting, 1 if sizes.stage == 1 else None)
+            variants += [estimate(way, topology, sizes) for way in fewest]
         if variants:
             found.append(min(variants, key=_rank))
     return sorted(found, key=_rank)[:count]
@@ -155,7 +155,7 @@ def choose(
     if chip is None:
         sizes = min(candidates, key=_simplest)
         return _parallel(config, sizes), f"{mesh_name(sizes)}: parameters and batch sharded as far as the batch divides"
-    topology = Topology(chip=chip, shape=compact(chip, num_devices // chip.devices // slices), slices=slices)
+    topology = Topology(chip=chip, shape=compact(chip, max(1, num_devices // chip.devices // slices)), slices=slices)
     fitting = [sizes for sizes in candidates if _fits(job, sizes, topology)]
     if not fitting:
         sizes = min(candidates, key=lambda sizes: (memory(job, sizes, topology).peak, _simplest(sizes)))
