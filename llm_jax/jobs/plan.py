@@ -14,7 +14,7 @@ from llm_jax.config import Config, UserError
 from llm_jax.parallel.chips import GIB
 from llm_jax.plan.compiled import Compiled, examine, table
 from llm_jax.plan.costs import ATTENTION, Estimate, active_count, estimate, model_flops, parameter_count
-from llm_jax.plan.memory import attention_in_effect, local_work, make_job, remat_in_effect
+from llm_jax.plan.memory import attention_in_effect, local_work, make_job
 from llm_jax.plan.search import choose, mesh_name, resolve, ways_to_fit
 from llm_jax.plan.search import search as find_meshes
 from llm_jax.plan.topology import Topology, parse
@@ -78,7 +78,7 @@ def plan(found: Estimate, tokens: float, price: float | None) -> dict:
         "devices": machine.num_devices,
         "mesh": found.sizes._asdict(),
         "microbatches": job.microbatches,
-        "remat": remat_in_effect(job, found.sizes),
+        "remat": job.remat,
         "attention": attention_in_effect(job, found.sizes, machine),
         "parameters": parameter_count(job.shape),
         "active_parameters": active_count(job.shape),
