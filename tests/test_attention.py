@@ -256,6 +256,7 @@ def test_splash_within_a_stage_of_a_pipeline():
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu, which compiles for TPU")
 @pytest.mark.parametrize("implementation, head_width", [("splash", 64), ("splash", 128), ("reference", 64)])
 def test_compiled_for_tpu_splash_never_holds_the_scores(implementation, head_width, monkeypatch):

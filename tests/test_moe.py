@@ -302,6 +302,7 @@ def test_tokens_are_exchanged_and_no_device_holds_all_experts():
     assert max(held) < 8 * 64 * 64 / 2  # those of all experts, sharded over `tensor` alone
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 def test_tpu_kernels_compute_no_expert_for_the_tokens_of_others(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
