@@ -271,7 +271,7 @@ def test_tpu_vm_whose_metadata_do_not_answer(places, monkeypatch):
     "flags, environment, message",
     [
         ({"num_processes": 2}, {}, "belong together; give --coordinator and --process_id, too"),
-        ({"num_processes": 2}, BATCH, "--num_processes=2, but there are 1 .Slurm job 123, of which srun would start 6."),
+        ({"num_processes": 2}, BATCH, "--num_processes=2, but there are 1 .Slurm job 123, of which srun"),
         ({"process_id": 1}, SLURM, "belong together; give --coordinator and --num_processes, too"),
         ({"coordinator": "a:1"}, {}, "belong together; give --num_processes and --process_id, too"),
         ({"num_processes": 2}, SLURM, "--num_processes=2, but there are 6 .Slurm job 123.; leave it out"),

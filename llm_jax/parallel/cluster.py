@@ -66,7 +66,8 @@ def find(
             raise UserError(f"--coordinator, --num_processes and --process_id belong together; give {missing}, too")
         if num_processes not in (None, place.num_processes):
             raise UserError(
-                f"--num_processes={num_processes}, but there are {place.num_processes} ({place.started_by}); leave it out"
+                f"--num_processes={num_processes}, but there are {place.num_processes} ({place.started_by}); "
+                "leave it out"
             )
     if place.process_id >= place.num_processes:
         raise UserError(f"--process_id={place.process_id} must be less than --num_processes={place.num_processes}")
