@@ -47,6 +47,8 @@ BUILD = [
     "zstandard>=0.22",
 ]
 
+GCS = ["gcsfs>=2025.5", "google-cloud-storage>=3"]  # --workdir=gs://...
+
 setup(
     name="llm-jax",
     version=VERSION,
@@ -59,15 +61,19 @@ setup(
     package_data={"llm_jax.corpus": ["card.html.jinja"]},
     install_requires=REQUIRED,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13", *GCS],  # the hosts of a TPU share no disk
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "gcs": GCS,
         "build": BUILD,
         # In an environment of its own: Beam wants protobuf 6 and sentencepiece brings code of protobuf 7.
         "beam": ["apache-beam>=2.60,<3", *BUILD],
         "benchmarks": ["matplotlib>=3.8,<4"],
         "test": [
             *BUILD,
+            *GCS,
             "jax[tpu]>=0.10,<0.13",  # compiles for TPUs, without one
+            "jsonschema>=4.20",
+            "kubernetes-validate>=1.30",
             "mwparserfromhell>=0.6",
             "warcio>=1.7",
             "hypothesis>=6.100",

@@ -2,7 +2,7 @@
 
 Command:  python benchmarks/scaling.py [--out=docs/scaling.svg] [--json=FILE] [--no-compile]
 Needs:    pip install 'llm-jax[tpu,benchmarks]'; no TPU
-Time:     seconds without compiling; with it some 15 minutes of CPU time, 1.6 GB of memory
+Time:     seconds without compiling; with it 10 minutes or more of CPU time, 1.6 GB of memory
 
 No step is run, so nothing here is a measured speed. Predicted: seconds of a step of configs/llama_8b.py on v5p, in weak
 scaling (rows a chip stay) and strong scaling (rows of the batch stay), on the meshes that parallel.auto takes.

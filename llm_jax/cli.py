@@ -22,6 +22,7 @@ import typing
 import llm_jax
 from llm_jax.config import Config, RunFailed, UserError, flatten, validate
 from llm_jax.flags import OVERRIDE, load_config_file, load_saved_config, nearest, override
+from llm_jax.safety.remote import Store, is_url
 
 CRASHED = 70
 PREEMPTED = 75
@@ -325,7 +326,11 @@ def verb_help_text(name: str) -> str:
         lines.append(row("--config=FILE", "a Python file with get_config() -> llm_jax.config.Config; see configs/"))
     if verb.of_a_run:
         lines.append(
-            row("--workdir=DIR", "where the run lies" + ("" if verb.needs_workdir else "; not needed with --config"))
+            row(
+                "--workdir=DIR",
+                "where the run lies, or gs://BUCKET/PATH"
+                + ("" if verb.needs_workdir else "; not needed with --config"),
+            )
         )
     for flag in verb.flags:
         shown = f"--[no]{flag.name}" if flag.kind == "boolean" else f"--{flag.name}=..."
@@ -393,6 +398,8 @@ def parse(name: str, argv: list[str]) -> dict:
         )
     workdir = values.workdir and os.path.expanduser(values.workdir)  # the shell leaves the ~ of --workdir=~/runs
     saved = pathlib.Path(workdir or ".") / "config.json"
+    if workdir is not None and is_url(workdir):
+        workdir, saved = open_store(workdir)
     if values.config is not None:
         config = load_config_file(values.config)
     elif workdir is not None and saved.exists():
@@ -403,6 +410,14 @@ def parse(name: str, argv: list[str]) -> dict:
         raise UserError(f"--workdir={workdir} holds no run: {saved} does not exist; `llm-jax train` makes one")
     config = override(config, rest)
     return {"config": config, "workdir": workdir, **arguments}
+
+
+def open_store(url: str):
+    """(the URL as it is written everywhere, the path of the config there); UserError with what is amiss."""
+    from etils import epath
+
+    url = Store(url).url
+    return url, epath.Path(url) / "config.json"
 
 
 def complete_generate(arguments: dict) -> None:
@@ -541,4 +556,7 @@ def entry() -> typing.NoReturn:
     if code == BROKEN_PIPE or (code not in (0, PREEMPTED) and "jax" in sys.modules):
         sys.stderr.flush()
         os._exit(code)
+    # All that could be saved has been. On its way out Python would take back JAX's handler, and a second notice then
+    # end this by the signal instead of by its code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)

@@ -375,6 +375,16 @@ def validate(config: Config) -> None:
             "optimizer.schedule='rsqrt' decays from the end of the warm-up: optimizer.warmup_steps must be at least 1",
         )
 
+    for field, path in {
+        "data.cache_dir": config.data.cache_dir,
+        "data.data_dir": config.data.data_dir,
+        "tokenizer.model_file": config.tokenizer.model_file,
+    }.items():
+        require(
+            path is None or "://" not in path,
+            f"{field}={path} must be a path of this machine; mount the bucket, as by `launch/setup_vm.sh "
+            "--mount=BUCKET=DIR`, and give the path there",
+        )
     sources = config.data.sources
     require(len(sources) > 0, "data.sources is empty; give at least one, such as Source(name='c4/en')")
     for i, source in enumerate(sources):

@@ -5,6 +5,7 @@ The whole-system tests share the fixtures below: the command `llm-jax` on small 
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,10 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiles in half the time, which is most of the time of the tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that is started from here.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

@@ -97,7 +97,9 @@ def goodput(config: Config, workdir: str, as_json: bool = False) -> None:
     """What the time of the run went into, over all its starts."""
     work = Workdir(workdir)
     if not work.ledger.exists():
-        raise UserError(f"{work.ledger} does not exist yet; run `llm-jax train --workdir={work.path}` first")
+        raise UserError(
+            f"{work.shown(work.ledger)} does not exist yet; run `llm-jax train --workdir={work.name}` first"
+        )
     result = ledger.summarize(work.ledger)
     print(json.dumps(result, indent=2) if as_json else ledger.table(result))
 
@@ -129,7 +131,7 @@ def params(config: Config, workdir: str, as_json: bool = False, step: int | None
     saved = Checkpoints(work.checkpoints)
     step = step if step is not None else saved.latest()
     if step is None:
-        raise UserError(f"{work.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={work.path}` first")
+        raise UserError(f"{work.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={work.name}` first")
     arrays = saved.read("parameters", step)
     root_mean_square = jax.jit(lambda array: jnp.sqrt(jnp.mean(jnp.square(array.astype(jnp.float32)))))
     rows = {

@@ -14,7 +14,7 @@ from llm_jax.config import Config, UserError
 from llm_jax.parallel.chips import GIB
 from llm_jax.plan.compiled import Compiled, examine, table
 from llm_jax.plan.costs import ATTENTION, Estimate, active_count, estimate, model_flops, parameter_count
-from llm_jax.plan.memory import attention_in_effect, local_work, make_job
+from llm_jax.plan.memory import Sizes, attention_in_effect, local_work, make_job
 from llm_jax.plan.search import choose, mesh_name, resolve, ways_to_fit
 from llm_jax.plan.search import search as find_meshes
 from llm_jax.plan.topology import Topology, parse
@@ -214,7 +214,7 @@ def text(found: Estimate, result: dict, by_compiler: Compiled | None = None) -> 
             *(
                 f"  {_figure(other['step']):>8} {_figure(other['step_if_nothing_overlaps']):>8} "
                 f"{other['mfu']:6.1%} {other['peak'] / GIB:6.1f}  {other['remat']:6} "
-                f"{other['microbatches']:12}  {_mesh(other['mesh'])}; {other['limit']}"
+                f"{other['microbatches']:12}  {mesh_name(Sizes(**other['mesh']))}; {other['limit']}"
                 for other in result["search"]
             ),
         ]
@@ -249,10 +249,6 @@ def _advice(found: Estimate, result: dict) -> list[str]:
 
 def _table(rows: list[tuple[str, str, str]]) -> list[str]:
     return [f"  {name:24}{value:>10}  {remark}".rstrip() for name, value, remark in rows]
-
-
-def _mesh(sizes: dict[str, int]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def _gib(size: float) -> str:

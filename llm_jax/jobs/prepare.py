@@ -114,9 +114,10 @@ def part_of(num_processes: int | None, process_id: int | None) -> Part:
 
 def cache_dir(data: config.Data) -> str:
     """Where tokenizers, token stores and built corpora lie."""
-    return os.path.abspath(
-        os.path.expanduser(data.cache_dir or os.environ.get("LLM_JAX_CACHE") or os.path.join("~", ".cache", "llm_jax"))
-    )
+    path = data.cache_dir or os.environ.get("LLM_JAX_CACHE") or os.path.join("~", ".cache", "llm_jax")
+    if "://" in path:  # of data.cache_dir, the config says so
+        raise UserError(f"LLM_JAX_CACHE={path} must be a folder: mount the bucket, and give the path of that")
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def source_names(data: config.Data) -> dict[str, config.Source]:

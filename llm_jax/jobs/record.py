@@ -163,9 +163,9 @@ class Record:
                 key: {name: np.asarray(leaf).tolist() for name, leaf in named_leaves(metrics[key]).items()}
                 for key in ("gradient_norms", "parameter_norms")
             }
-        replay = shlex.join(["llm-jax", "inspect", "step", f"--workdir={self.work.path}", f"--step={step}"])
+        replay = shlex.join(["llm-jax", "inspect", "step", f"--workdir={self.work.name}", f"--step={step}"])
         try:
-            return str(self.recorder.incident(step, reason, batch_text=text, replay=replay, extra=norms))
+            return self.work.shown(self.recorder.incident(step, reason, batch_text=text, replay=replay, extra=norms))
         except OSError as error:  # such as a full disk, which is not what the run should end by
             return f"the incident cannot be written ({error.strerror})"
 

@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -50,6 +48,7 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
     limits = dataclasses.asdict(config.watchdog)
     limits |= {"restore": limits["start"], "data": limits["step"], "finish": limits["evaluation"]}
     with contextlib.ExitStack() as stack:
+        stack.callback(work.close)
         watchdog = Watchdog(limits, work.stacks, process=0)
         stack.callback(watchdog.close)
         start(config, saves_on_sigterm=True, **processes)
@@ -59,11 +58,18 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
         else:
             say = silent
         hosts.require_same("--config", dumps(config))
+        if not hosts.is_first():
+            work.follow()
         preemption = hosts.Preemption()
         ledger = Ledger(work.ledger if hosts.is_first() else None, began=process_began())
         stack.callback(ledger.close)
         sections = Sections(ledger, watchdog, say)
-        with sections("prepare"), preemption.leaving_at_once(say):
+
+        def leave(text: str) -> None:  # is called in a thread, and then the process ends
+            work.let_go()
+            say(text)
+
+        with sections("prepare"), preemption.leaving_at_once(leave):
             prepared = prepare(work.with_own_tokenizer(config), say=say)
         say(table(summary(prepared)))
         setup = Setup(config, prepared)
@@ -78,10 +84,10 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
         held_out = {name: HeldOut(store, config.train.sequence_length) for name, store in prepared.held_out.items()}
         evaluate = make_evaluate(setup.mesh, config.evaluate.batch_size, config.train.loss_chunk)
         with jax.set_mesh(setup.mesh):
-            state = train(work, config, prepared, setup, held_out, evaluate, sections, preemption, say)
+            state = train(work, config, prepared, setup, held_out, evaluate, sections, preemption, say, leave)
             if state is None:
                 return hosts.PREEMPTED
-            with sections("finish"), preemption.leaving_at_once(say):
+            with sections("finish"), preemption.leaving_at_once(leave):
                 result = evaluate(state.parameters, held_out, proceed=sections.progress)
                 finish(work, config, prepared, setup, state, result, as_json)
     return 0
@@ -97,6 +103,7 @@ def train(
     sections: Sections,
     preemption: hosts.Preemption,
     say: Callable[[str], None],
+    leave: Callable[[str], None],
 ) -> TrainState | None:
     """From the newest checkpoint to the last step; None after a preemption notice. What there is has been saved."""
     total = config.train.steps
@@ -106,6 +113,7 @@ def train(
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
+        before_save=work.before_save,
     )
 
     def due(step: int) -> bool:
@@ -130,7 +138,7 @@ def train(
         checkpoints.save(step, items(state), setup.origin(rewinds), held_out_loss)
         sections.ledger.saved(step)
 
-    with preemption.leaving_at_once(say):  # nothing would be lost
+    with preemption.leaving_at_once(leave):  # nothing would be lost
         with sections("restore"):
             state, first_step = setup.restore_or_init(checkpoints, rewinds)
         if hosts.is_first():
@@ -207,6 +215,8 @@ def train(
                 with may_fail():
                     checkpoints.wait()
                 rewinds.add(go_back(spike.step, checkpoints, config), write=hosts.is_first())
+                if hosts.is_first():  # before the checkpoints of the path that is left are removed
+                    work.push(work.rewinds)
                 state, first_step = setup.restore_or_init(checkpoints, rewinds)
             sections.ledger.goes_on_from(first_step)
             record.rewound(rewinds.done[-1], first_step)
@@ -258,20 +268,12 @@ def preemption_budget(work: Workdir, config: Config, state: TrainState) -> str:
     """Whether a save fits between a preemption notice and the end, by the speed at which the disk takes a sample."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items(state))) / jax.process_count()
     sample = bytes(min(int(size), PROBE_BYTES))
-    probe = work.path / f"probe-{jax.process_index()}"
-    begin = time.monotonic()
     try:
-        with open(probe, "wb") as file:
-            file.write(sample)
-            file.flush()
-            os.fsync(file.fileno())
+        seconds = work.probe(sample) * size / len(sample)
     except OSError as error:
         return (
-            f"WARNING: {len(sample) / 1e6:,.1f} MB cannot be written to {work.path}, nor a checkpoint: {error.strerror}"
+            f"WARNING: {len(sample) / 1e6:,.1f} MB cannot be written to {work.name}, nor a checkpoint: {error.strerror}"
         )
-    finally:
-        probe.unlink(missing_ok=True)
-    seconds = (time.monotonic() - begin) * size / len(sample)
     left = config.checkpoint.notice_seconds - SECONDS_TO_NOTICE - seconds
     text = (
         f"preemption: of the {config.checkpoint.notice_seconds:.0f} s after SIGTERM, up to {SECONDS_TO_NOTICE:.0f} s "
@@ -319,7 +321,7 @@ def finish(
     if as_json:
         print(
             json.dumps(
-                {"workdir": str(work.path), "evaluate": encode(result), "sample": sample}, indent=2, ensure_ascii=False
+                {"workdir": work.name, "evaluate": encode(result), "sample": sample}, indent=2, ensure_ascii=False
             )
         )
         return
@@ -331,8 +333,8 @@ def finish(
     if sample is not None:
         print(f"\nSample:\n{sample}\n")
     print(
-        f"{work.path}: metrics.jsonl (the record), checkpoints/, evaluate.json, tokenizer.model, tensorboard/\n"
-        f"Try: llm-jax generate --workdir={work.path} --prompt='The'"
+        f"{work.name}: metrics.jsonl (the record), checkpoints/, evaluate.json, tokenizer.model, tensorboard/\n"
+        f"Try: llm-jax generate --workdir={work.name} --prompt='The'"
     )
 
 

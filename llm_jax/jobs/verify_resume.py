@@ -23,6 +23,7 @@ from llm_jax.jobs.workdir import Workdir, write_atomically
 from llm_jax.measure import metrics
 from llm_jax.parallel.sharding import AXES
 from llm_jax.safety.checkpoint import Checkpoints
+from llm_jax.safety.remote import is_url
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "batch")
 OTHER_MESH_TOLERANCE = 1e-4  # relative, of the loss: another mesh adds up in another order
@@ -55,6 +56,8 @@ def run(
     if steps > config.train.steps:
         raise UserError(f"--steps={steps} must be at most train.steps={config.train.steps}")
     say = (lambda text: None) if as_json else print
+    if is_url(workdir):
+        raise UserError(f"--workdir={workdir}: verify-resume kills processes of this machine; give it a folder here")
     folder = pathlib.Path(workdir).expanduser().absolute()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--workdir={folder} is not empty; give a new directory")

@@ -11,6 +11,9 @@ WORKDIR/rewinds.json       where the run went back, and past which batches
 WORKDIR/stacks/            what each thread was doing when the watchdog ended the run
 WORKDIR/lock               held by the process that trains
 WORKDIR/tensorboard/       the record for TensorBoard
+
+WORKDIR may be gs://BUCKET/PATH. Checkpoints then go there directly; the other files are a local copy, which is uploaded
+where it matters: see safety/remote.py.
 """
 
 import dataclasses
@@ -21,8 +24,10 @@ import os
 import pathlib
 import sys
 import time
+import typing
 
 import jax
+from etils import epath
 
 from llm_jax import config as config_module
 from llm_jax.config import Config, Parallel, UserError
@@ -33,7 +38,11 @@ from llm_jax.measure import metrics
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import hosts
 from llm_jax.parallel.sharding import Rules, make_mesh
+from llm_jax.safety import lease
 from llm_jax.safety.checkpoint import Checkpoints
+from llm_jax.safety.lease import Lease
+from llm_jax.safety.remote import Mirror, Store, Taken, Unreachable, is_url
+from llm_jax.safety.watchdog import CRASHED
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.state import abstract_state, make_init, model_shape
 
@@ -50,12 +59,22 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class Workdir:
+    """name: the directory or URL, for messages; path: the folder where its files are, but for the checkpoints."""
+
     def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path).expanduser().absolute()
+        self._mirror = self._lease = None
+        if is_url(path):
+            self._mirror = Mirror(Store(str(path)))
+            self._mirror.pull()
+            self.path, self.name = self._mirror.folder, self._mirror.store.url
+            self.checkpoints = epath.Path(self.name) / "checkpoints"
+        else:
+            self.path = pathlib.Path(path).expanduser().absolute()
+            self.name = str(self.path)
+            self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.model"
         self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluate.json"
         self.ledger = self.path / "ledger.jsonl"
         self.incidents = self.path / "incidents"
@@ -65,6 +84,7 @@ class Workdir:
 
     def claim(self, config: Config) -> None:
         """Makes the directory that of a run with this config, or checks that it is; UserError with the differences.
+        For the first process of a training, until close; the others call follow after it.
 
         Until the run has begun to train, another config may take the place of the first one: a mistake in it costs
         nothing. Afterwards the file is left alone until it is sure that the run goes on: save_config.
@@ -73,7 +93,13 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise UserError(f"--workdir={self.path} is a file; give a directory") from error
-        self._take_lock()
+        if self._mirror is None:
+            self._take_lock()
+        else:
+            self._lease = Lease(self._mirror.store, self._lost, lease.SECONDS)
+            self._lease.acquire()
+            self.follow()
+            self._mirror.keep_pushing(self._lost)
         if self.has_begun() and self.config.exists():
             free = FREE + DATA if config.checkpoint.allow_other_data else FREE
             changed = {
@@ -84,11 +110,75 @@ class Workdir:
             if changed:
                 lines = [f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changed.items()]
                 raise UserError(
-                    f"--workdir={self.path} holds a run with another config; take another --workdir, or these values\n"
+                    f"--workdir={self.name} holds a run with another config; take another --workdir, or these values\n"
                     + "\n".join(lines)
                 )
             return
         self.save_config(config)
+
+    def follow(self) -> None:
+        """In every process of a training, once the first one has the lock: what others have written is there now."""
+        if self._mirror is not None:
+            self._mirror.pull()
+            self._mirror.salvage()
+
+    def push(self, *paths: pathlib.Path) -> None:
+        """These files, or all, are in the store when it returns, if they have changed; nothing to do without one."""
+        if self._mirror is not None:
+            try:
+                self._mirror.push(*(path.relative_to(self.path).as_posix() for path in paths))
+            except Taken as taken:
+                self._lost(taken)
+
+    def before_save(self) -> None:
+        """The record reaches as far as the checkpoint that is about to be saved, and nobody else trains here.
+        Unreachable where that cannot be had."""
+        if self._lease is not None:
+            self._lease.confirm()
+            self.push(self.metrics, self.rewinds, self.ledger)
+
+    def shown(self, path: pathlib.Path) -> str:
+        """For messages: where a file of this run lies, or is going to."""
+        return f"{self.name}/{path.relative_to(self.path).as_posix()}"
+
+    def probe(self, sample: bytes) -> float:
+        """Seconds to write a sample to where checkpoints go. OSError if it cannot be written."""
+        if self._mirror is not None:
+            return self._mirror.store.probe(f"probe/{jax.process_index()}", sample)
+        probe = self.path / f"probe-{jax.process_index()}"
+        begin = time.monotonic()
+        try:
+            with open(probe, "wb") as file:
+                file.write(sample)
+                file.flush()
+                os.fsync(file.fileno())
+            return time.monotonic() - begin
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def let_go(self) -> None:
+        """Uploads what is new, and frees the lock: the process is about to end. The lock of a folder goes by itself."""
+        try:
+            if self._lease is not None:
+                self.push()
+                self._lease.release()
+        except Unreachable as error:
+            print(f"WARNING: what was written last is not there: {error}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.let_go()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _lost(self, taken: Taken) -> typing.NoReturn:
+        """At once, whatever the run is doing: nothing of it may be written any more."""
+        print(
+            f"llm-jax: stopped (exit code 70): another process has written {self.name}/{taken} and trains there now; "
+            "this one writes nothing more",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(CRASHED)
 
     def _take_lock(self) -> None:
         """Until this process ends, however it ends. Another that has the lock may be about to end: it is given time."""
@@ -108,7 +198,7 @@ class Workdir:
                     raise
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"--workdir={self.path} is being trained by another process; stop that one, or take another "
+                        f"--workdir={self.name} is being trained by another process; stop that one, or take another "
                         "--workdir"
                     ) from error
             time.sleep(0.1)
@@ -121,13 +211,17 @@ class Workdir:
         try:
             return config_module.from_dict(json.loads(self.config.read_text("utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config} is damaged ({error}); mend it, or take another --workdir") from error
+            raise UserError(
+                f"{self.shown(self.config)} is damaged ({error}); mend it, or take another --workdir"
+            ) from error
 
     def save_config(self, config: Config) -> None:
         write_atomically(self.config, config_module.dumps(config).encode())
+        self.push(self.config)
 
     def save_evaluation(self, result: dict) -> None:
         write_atomically(self.evaluation, (json.dumps(metrics.encode(result), indent=2) + "\n").encode())
+        self.push(self.evaluation)
 
     def with_own_tokenizer(self, config: Config) -> Config:
         """The config with the tokenizer of the run, if it has begun: not one trained anew on other text, should the
@@ -139,11 +233,12 @@ class Workdir:
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
         write_atomically(self.tokenizer, tokenizer.model)
+        self.push(self.tokenizer)
 
     def load_tokenizer(self) -> Tokenizer:
         """The one the run was trained with."""
         if not self.tokenizer.exists():
-            raise UserError(f"{self.path} holds no checkpoint yet; run `llm-jax train --workdir={self.path}` first")
+            raise UserError(f"{self.name} holds no checkpoint yet; run `llm-jax train --workdir={self.name}` first")
         return load_tokenizer(self.tokenizer)
 
 
@@ -201,13 +296,13 @@ def restore_parameters(
     restored = Checkpoints(workdir.checkpoints).restore({item: target}, step=step)
     if restored is None:
         raise UserError(
-            f"{workdir.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={workdir.path}` first"
+            f"{workdir.checkpoints} holds no checkpoint yet; run `llm-jax train --workdir={workdir.name}` first"
         )
     step, items, meta = restored
     if meta["data"]["tokenizer"] != tokenizer.sha256:
         raise UserError(
-            f"{workdir.tokenizer} is not the tokenizer of the checkpoint of step {step} (sha256 "
+            f"{workdir.shown(workdir.tokenizer)} is not the tokenizer of the checkpoint of step {step} (sha256 "
             f"{tokenizer.sha256[:12]}, not {meta['data']['tokenizer'][:12]}); restore it, or run "
-            f"`llm-jax train --workdir={workdir.path}` again"
+            f"`llm-jax train --workdir={workdir.name}` again"
         )
     return step, items[item]

@@ -170,17 +170,20 @@ def stored_elements(shape: Shape, sizes: Sizes) -> int:
 @functools.cache
 def gathered(shape: Shape, sizes: Sizes, kind: str) -> int:
     """Elements of one repetition of the pattern, gathered as its layers use them."""
-    found = [array for array in arrays(shape) if array.layers and array.kind == kind and array.is_weight]
-    layers = shape.num_layers // len(shape.pattern) // shards(sizes, "layers")
-    return sum(array.local(sizes, "embed", "expert_embed") for array in found) // layers
+    return sum(_gathered(shape, sizes, kind))
 
 
 @functools.cache
 def largest_gathered(shape: Shape, sizes: Sizes) -> int:
     """Elements of the largest of them but for experts."""
-    found = [array for array in arrays(shape) if array.layers and array.kind == "dense" and array.is_weight]
+    return max(_gathered(shape, sizes, "dense"))
+
+
+def _gathered(shape: Shape, sizes: Sizes, kind: str) -> list[int]:
+    """Elements of each array of that kind in one repetition of the pattern."""
+    found = [array for array in arrays(shape) if array.layers and array.kind == kind and array.is_weight]
     layers = shape.num_layers // len(shape.pattern) // shards(sizes, "layers")
-    return max(array.local(sizes, "embed", "expert_embed") for array in found) // layers
+    return [array.local(sizes, "embed", "expert_embed") // layers for array in found]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,8 +296,11 @@ def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | 
             if kind == "moe":
                 within += SINGLE * s.num_experts
             continue
-        # Two norms: the input and two products in float32, the result in bfloat16.
-        between += 2 * (3 * SINGLE + HALF) * s.width
+        # Norms: the input and two products in float32, the result in bfloat16.
+        norm = 3 * SINGLE + HALF
+        between += 2 * norm * s.width
+        if s.qk_norm:
+            within += norm * (s.num_heads + s.num_kv_heads) * s.head_width / t
         within += HALF * (heads + s.num_heads * s.head_width) / t
         within += _scores(job, sizes, topology) + 4 * SINGLE * s.head_width / 2 * (s.position == "rope")
         # Gated: gate, up, three within the SiLU and their product.

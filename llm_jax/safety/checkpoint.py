@@ -7,6 +7,9 @@ there as a whole or not at all, however the process ends. TensorStore syncs the 
 small ones nor the rename: what a power failure does to a step is found like any other damage, and the step before it
 is used. A thread reads what was saved back from the disk and compares its digests; only then may older steps go.
 
+At gs:// nothing can be renamed at once: there Orbax writes into STEP itself, last of all a file that says that it is
+whole, and a step without that is none. What is deleted loses that file first.
+
 This is the only file that imports Orbax. Uncompressed, since that saves 4-5 times faster for 8 % more bytes.
 """
 
@@ -20,6 +23,7 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
@@ -29,11 +33,13 @@ from jax.experimental import multihost_utils
 
 from llm_jax.config import RunFailed, UserError
 from llm_jax.safety.digest import digests, examine
+from llm_jax.safety.remote import Unreachable, is_url, of_network, told
 from llm_jax.safety.structure import concrete, named_leaves, require_same_shapes, shape, structs
 from llm_jax.safety.verification import DAMAGED, INTACT, Verifier, changed_arrays, few, is_damage, kept, one_line
 
 VERSION = 1  # of the layout described above
 META = "meta"
+WHOLE = "commit_success.txt"  # Orbax's name of the file that is written last
 OWN_KEYS = ("step", "version", "held_out_loss", "digests", "shapes", "checksum")
 SPACE = 1.05  # times the bytes of the arrays must be free before a save: some are left for the record of the run
 
@@ -64,6 +70,7 @@ class Checkpoints:
     share of the arrays, and until that is done, everything older stays. It is applied by every save, to what is
     verified by then, and by close, so that one more than `keep` lies there while a run saves. keep=None opens for
     reading only, which may be done beside a training that writes: nothing is then saved, verified, renamed or removed.
+    before_save: is called by each save to a store, and may raise an error of the network: then that save has failed.
     """
 
     def __init__(
@@ -73,9 +80,12 @@ class Checkpoints:
         keep: int | None = None,
         keep_every: int | None = None,
         keep_best: int | None = None,
+        before_save: Callable[[], None] = lambda: None,
     ):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = epath.Path(directory) if is_url(directory) else epath.Path(directory).absolute()
         self.failures = 0  # failed saves since the last complete one
+        self._before_save = before_save
+        self._unsure = False  # what a failed save has left
         self._manager = None
         if keep is None:
             return
@@ -93,7 +103,8 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+            with told(self.directory):
+                self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
             # It would count along in JAX's preemption service, by steps; parallel/hosts.py counts there, and otherwise.
             self._manager.reached_preemption = lambda step: False
         except OSError as error:
@@ -101,9 +112,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, ascending."""
-        if not self.directory.exists():
-            return []
-        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.directory))
+        with told(self.directory):
+            if not self.directory.exists():
+                return []
+            return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.directory))
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -120,6 +132,8 @@ class Checkpoints:
         assert self._manager is not None, "these checkpoints were opened for reading only"
         assert META not in items and not set(OWN_KEYS) & set(meta), (list(items), list(meta))
         self.wait()
+        if is_url(self.directory):
+            self._together(step, self._ready)
         for unverified in self._settle():
             self._verifier.begin(unverified)
         if step in self._manager.all_steps():  # not steps(): all processes must decide alike
@@ -139,14 +153,16 @@ class Checkpoints:
         record["checksum"] = _checksum(record)
         arguments = {item: ocp.args.PyTreeSave(arrays) for item, arrays in named.items() if arrays}
         arguments[META] = ocp.args.JsonSave(record)
-        failure = None
-        try:
-            self._make_room(sum(array.nbytes for arrays in named.values() for array in arrays.values()))
+        size = sum(array.nbytes for arrays in named.values() for array in arrays.values())
+
+        def begin() -> None:
+            assert self._manager is not None
+            self._make_room(size)
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
-        except Exception as error:
-            failure = error
-        if _gather([failure is not None]).any():  # all of them, or their next collectives would not fit together
-            raise self._failed(step, failure or RuntimeError("another process could not begin")) from failure
+
+        if is_url(self.directory):
+            self._together(step, lambda: self._take_apart(self._policy.doomed))
+        self._together(step, begin)
         self._saving = step
         self._losses[step] = loss
         self._verifier.forget(step)
@@ -207,7 +223,9 @@ class Checkpoints:
         """Removes the checkpoints of all later steps: the run has gone back to this one. All processes call it."""
         assert self._manager is not None, "these checkpoints were opened for reading only"
         self.wait()
-        for later in [saved for saved in self._manager.all_steps() if saved > step]:
+        later_steps = [saved for saved in self._manager.all_steps() if saved > step]
+        self._take_apart(later_steps)
+        for later in later_steps:
             self._verifier.forget(later)
             self._manager.delete(later)
 
@@ -301,8 +319,10 @@ class Checkpoints:
                 try:
                     directory.rename(bad)
                     done = f"renamed to {bad.name}"
-                except OSError as error:
-                    done = f"passed over, since it cannot be renamed ({error.strerror})"
+                except Exception as error:
+                    if not isinstance(error, OSError) and not of_network(error):
+                        raise
+                    done = f"passed over, since it cannot be renamed ({getattr(error, 'strerror', None) or error})"
             print(f"checkpoint {directory} is damaged and {done}: {damage}", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside checkpoint {step}")
@@ -322,19 +342,52 @@ class Checkpoints:
         self._saving = None
         self.failures += 1
         self._remove_leftovers()
-        self._manager.reload()
+        try:
+            with told(self.directory):
+                self._manager.reload()
+            intact = self.steps() or "none"
+        except Unreachable:  # which is why the save has failed
+            self._unsure, intact = True, "all there were"
         return SaveFailed(
             f"checkpoint of step {step} could not be saved in {self.directory} ({one_line(error)}); "
-            f"earlier ones are intact: {self.steps() or 'none'}; free some space or mend the storage"
+            f"earlier ones are intact: {intact}; free some space or mend the storage"
         )
+
+    def _together(self, step: int, begin: Callable[[], None]) -> None:
+        """SaveFailed in all processes if it fails in one, or their next collectives would not fit together."""
+        failure = None
+        try:
+            begin()
+        except Exception as error:
+            failure = error
+        if _gather([failure is not None]).any():
+            raise self._failed(step, failure or RuntimeError("another process could not begin")) from failure
+
+    def _ready(self) -> None:
+        """Raises an error if nothing can be saved in the store at the moment."""
+        assert self._manager is not None
+        self._before_save()
+        if self._unsure:
+            self._manager.reload()
+            self._unsure = False
+
+    def _take_apart(self, steps: Collection[int]) -> None:
+        """Steps about to be deleted. In a store their objects go one by one: if the process dies on the way, what is
+        left must not pass for a checkpoint."""
+        if is_url(self.directory) and jax.process_index() == 0:
+            for step in steps:
+                (self.directory / str(step) / WHOLE).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
         """What killed and failed saves have left, if it can be removed. Not while a save is under way."""
         if jax.process_index() == 0:
             try:
                 for path in ocp.utils.tmp_checkpoints(self.directory):
-                    path.get().rmtree(missing_ok=True)
-            except OSError as error:  # as on a disk that has become read-only: the next save tries again
+                    if ".bad" not in path.get().name:  # in a store, that may lack the last file, too
+                        path.get().rmtree(missing_ok=True)
+            except Exception as error:  # as on a disk that has become read-only: the next save tries again
+                if not isinstance(error, OSError) and not of_network(error):
+                    raise
                 print(f"what a save has left in {self.directory} stays there: {error}", file=sys.stderr, flush=True)
 
     def _make_room(self, size: int) -> None:
@@ -348,6 +401,7 @@ class Checkpoints:
 
     def _delete_doomed(self) -> None:
         assert self._manager is not None
+        self._take_apart(self._policy.doomed)
         for step in sorted(self._policy.doomed):
             self._manager.delete(step)
         self._policy.doomed = set()
@@ -417,7 +471,7 @@ def _gather(values: list) -> np.ndarray:
 
 def _free(directory: epath.Path) -> float:
     """Bytes; 0 where that cannot be told. Of a store that is not a file system of this machine there is no end."""
-    if "://" in str(directory):
+    if is_url(directory):
         return math.inf
     try:
         disk = os.statvfs(directory)
@@ -440,7 +494,8 @@ def _attempt(read, *arguments) -> tuple[object, str | None]:
         result = read(*arguments)
     except Exception as error:
         if not is_damage(error):
-            raise
+            with told(arguments[0]):
+                raise
         damage = one_line(error)
     finally:
         if damage:

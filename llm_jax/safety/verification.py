@@ -4,6 +4,7 @@ The arrays are read by TensorStore and digested in numpy: no JAX device takes pa
 the training, and an error in the digest on the devices or in Orbax's restore would be seen too.
 """
 
+import collections
 import concurrent.futures
 import errno
 import itertools
@@ -17,13 +18,17 @@ import tensorstore
 from etils import epath
 
 from llm_jax.safety.digest import block_sums, hexadecimal
+from llm_jax.safety.remote import is_url, of_network
 
 UNKNOWN, INTACT, DAMAGED = range(3)  # findings
+
+READ_AHEAD = 64_000_000  # bytes
+MOST_AT_ONCE = 16  # requests
 
 # What the storage or the machine says although the checkpoint may be sound: not a reason to put a checkpoint aside.
 NOT_DAMAGE = (
     "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED",
-    "Permission denied", "Too many open files", "Cannot allocate memory",
+    "Permission denied", "Forbidden", "Too many open files", "Cannot allocate memory",
     *map(os.strerror, (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EREMOTEIO)),
 )  # fmt: skip
 
@@ -35,31 +40,41 @@ def changed_arrays(
     as many parts. What cannot be read raises an error of TensorStore's, or OSError.
 
     Reads one stored chunk (what one device held of an array) at a time, from the disk itself where the file system
-    allows. Raises concurrent.futures.CancelledError soon after `stop` is set.
+    allows; of a store, where each request takes its time, small ones at once. Raises concurrent.futures.CancelledError
+    soon after `stop` is set.
     """
     _forget_cached(directory)
+    # Of its own, since nothing that was written may be known yet. It keeps the tables that tell where chunks lie.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": READ_AHEAD}})
     names = [(item, name) for item, digests in record["digests"].items() for name in digests]
     return [
         f"{item}/{name}"
         for item, name in names[part::parts]
-        if _describe(directory / item, name, stop) != (record["shapes"][item][name], record["digests"][item][name])
+        if _describe(directory / item, name, stop, context)
+        != (record["shapes"][item][name], record["digests"][item][name])
     ]
 
 
-def _describe(directory: epath.Path, name: str, stop: threading.Event) -> tuple[str, str]:
+def _describe(directory: epath.Path, name: str, stop: threading.Event, context: tensorstore.Context) -> tuple[str, str]:
     """The shape, as in a record, and the digest of an array of an item."""
-    remote = "://" in str(directory)
-    base = f"{directory}/" if remote else {"driver": "file", "path": f"{directory}/"}
+    base = f"{directory}/" if is_url(directory) else {"driver": "file", "path": f"{directory}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+    spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": "open"}
+    array = tensorstore.open(spec, open=True, read=True, context=context).result()
     sums = np.zeros(2, np.uint32)
     chunk = array.chunk_layout.read_chunk.shape or ()
     cuts = [
         [slice(at, min(at + step, size)) for at in range(0, size, step)]
         for size, step in zip(array.shape, chunk, strict=True)
     ]
-    for place in itertools.product(*cuts):
-        block = array[place].read().result()
+    chunk_bytes = int(np.prod(np.array(chunk, np.int64))) * array.dtype.numpy_dtype.itemsize
+    at_once = min(MOST_AT_ONCE, READ_AHEAD // chunk_bytes) if is_url(directory) else 1
+    places = itertools.product(*cuts)
+    reading = collections.deque((place, array[place].read()) for place in itertools.islice(places, max(1, at_once)))
+    while reading:
+        place, read = reading.popleft()
+        block = read.result()
+        reading.extend((place, array[place].read()) for place in itertools.islice(places, 1))
         for add in block_sums(block, tuple(cut.start for cut in place), array.shape):
             if stop.is_set():
                 raise concurrent.futures.CancelledError
@@ -69,7 +84,7 @@ def _describe(directory: epath.Path, name: str, stop: threading.Event) -> tuple[
 
 def _forget_cached(directory: epath.Path) -> None:
     """Makes the kernel read the files anew: it would else answer from what has just been written."""
-    if "://" in str(directory) or not hasattr(os, "posix_fadvise"):
+    if is_url(directory) or not hasattr(os, "posix_fadvise"):
         return
     for path in _files(directory):
         descriptor = os.open(path, os.O_RDONLY)
@@ -158,7 +173,7 @@ def kept(
 
 def is_damage(error: Exception) -> bool:
     """Whether an error while reading speaks against the checkpoint, not against the storage or the machine."""
-    passing = isinstance(error, MemoryError | concurrent.futures.CancelledError)
+    passing = isinstance(error, MemoryError | concurrent.futures.CancelledError) or of_network(error)
     return not passing and not any(text in chain(error) for text in NOT_DAMAGE)
 
 
