@@ -47,6 +47,11 @@ BUILD = [
     "zstandard>=0.22",
 ]
 
+# `llm-jax import` and `export`. Not transformers or PyTorch: those are in no part of this, but in tests.
+HF = ["huggingface-hub>=0.30", "ml_dtypes>=0.5", "safetensors>=0.5", "tokenizers>=0.21"]
+
+REPORT = ["bokeh>=3.9,<4", "jinja2>=3.1,<4"]  # 3.9: CSS variables, on which light and dark rest
+
 GCS = ["gcsfs>=2025.5", "google-cloud-storage>=3"]  # --workdir=gs://...
 
 setup(
@@ -58,19 +63,23 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llm_jax", "llm_jax.*"]),
-    package_data={"llm_jax.corpus": ["card.html.jinja"]},
+    package_data={"llm_jax.corpus": ["card.html.jinja"], "llm_jax.report": ["report.html.jinja"]},
     install_requires=REQUIRED,
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13", *GCS],  # the hosts of a TPU share no disk
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "gcs": GCS,
         "build": BUILD,
+        "hf": HF,
+        "report": REPORT,
         # In an environment of its own: Beam wants protobuf 6 and sentencepiece brings code of protobuf 7.
         "beam": ["apache-beam>=2.60,<3", *BUILD],
         "benchmarks": ["matplotlib>=3.8,<4"],
         "test": [
             *BUILD,
             *GCS,
+            *HF,
+            *REPORT,
             "jax[tpu]>=0.10,<0.13",  # compiles for TPUs, without one
             "jsonschema>=4.20",
             "kubernetes-validate>=1.30",

@@ -66,7 +66,9 @@ class Verb:
     flags: tuple[Flag, ...] = ()
     reads_config_file: bool = True  # else the config is that of the workdir
     needs_workdir: bool = True
+    makes_workdir: bool = False  # from the default config, if none is given
     of_a_run: bool = True  # else there is no config, and a workdir only as a flag of its own
+    extra: str | None = None  # of setup.py, that it needs
 
 
 PROCESSES = (
@@ -142,6 +144,7 @@ VERBS = {
             Flag("lines", "boolean", "keep a line in one page of the build only, as C4", default=True),
         ),
         of_a_run=False,
+        extra="build",
     ),
     "build wikipedia": Verb(
         summary="make a dataset of the articles of a Wikipedia dump, of any date and language",
@@ -150,6 +153,7 @@ VERBS = {
         example="llm-jax build wikipedia --input=enwiki-20261101-pages-articles.xml.bz2 --data_dir=data",
         flags=(*BUILD, rules("")),
         of_a_run=False,
+        extra="build",
     ),
     "build text": Verb(
         summary="make a dataset of text files, JSON lines or Parquet tables",
@@ -162,6 +166,7 @@ VERBS = {
             Flag("text_key", "string", "the field or column that holds the text", default="text"),
         ),
         of_a_run=False,
+        extra="build",
     ),
     "build convert": Verb(
         summary="convert a prepared tfds dataset from TFRecord to ArrayRecord, record for record",
@@ -169,6 +174,7 @@ VERBS = {
         example="llm-jax build convert --input=data/c4/en/3.0.1",
         flags=(INPUT, dataclasses.replace(DATA_DIR, default=None), WORKERS),
         of_a_run=False,
+        extra="build",
     ),
     "prepare": Verb(
         summary="train the tokenizer and tokenize the data sets, once",
@@ -228,6 +234,50 @@ VERBS = {
             Flag("stream", "boolean", "print while generating; default: on a terminal, for one prompt"),
         ),
         reads_config_file=False,
+    ),
+    "import": Verb(
+        summary="make a workdir of a Hugging Face model, to train on, evaluate and generate with",
+        explanation="Reads config.json, the tokenizer and safetensors files of GPT-2, Llama, Mistral, Qwen2, Qwen3, "
+        "OLMo 2, Mixtral, Qwen3-MoE and OLMoE. The config's sections model and tokenizer become the model's own; the "
+        "others come from --config. Needs the extra [hf].",
+        example="llm-jax import --from=openai-community/gpt2 --workdir=runs/gpt2",
+        flags=(Flag("from", "string", "a folder with config.json, or OWNER/NAME on the hub"),),
+        makes_workdir=True,
+        extra="hf",
+    ),
+    "export": Verb(
+        summary="write a checkpoint as a folder that Hugging Face transformers loads",
+        explanation="config.json, safetensors and a tokenizer with the same ids. A model that no family there can "
+        "express is refused, with the fields that have no counterpart. Needs the extra [hf].",
+        example="llm-jax export --workdir=runs/quickstart --to=exported",
+        flags=(
+            Flag("to", "string", "a folder that is new or empty"),
+            STEP,
+            EMA,
+            Flag("bfloat16", "boolean", "round the weights, which are float32, to it", default=False),
+        ),
+        reads_config_file=False,
+        extra="hf",
+    ),
+    "status": Verb(
+        summary="say how a run is doing, from its workdir alone",
+        explanation="Step, loss, speed, time to go, last sign of life, checkpoints, starts, goodput. For a run on "
+        "another machine, too; touches no device and changes nothing.",
+        example="llm-jax status --workdir=runs/quickstart",
+        reads_config_file=False,
+    ),
+    "report": Verb(
+        summary="write a run, or several beside each other, as one HTML page that needs no network",
+        explanation="Curves with restarts, spikes and evaluations, held-out text, where the time went, incidents, "
+        "config and what differs in it. Needs the extra [report].",
+        example="llm-jax report --workdir=runs/quickstart --compare=runs/other",
+        flags=(
+            Flag("compare", "multi_string", "the workdir of another run; may be repeated"),
+            Flag("by", "string", "lay runs over step, tokens, flops or time; default: step, of several runs tokens"),
+            Flag("out", "string", "the file; default: WORKDIR/report.html"),
+        ),
+        reads_config_file=False,
+        extra="report",
     ),
     "verify-resume": Verb(
         summary="prove that a killed run goes on bit for bit, on this machine",
@@ -404,6 +454,8 @@ def parse(name: str, argv: list[str]) -> dict:
         config = load_config_file(values.config)
     elif workdir is not None and saved.exists():
         config = load_saved_config(saved)
+    elif verb.makes_workdir:
+        config = Config()
     elif verb.reads_config_file:
         raise UserError(f"{name} needs --config=FILE, such as: {verb.example}")
     else:
@@ -455,7 +507,13 @@ def read_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str
 
 def find_job(name: str) -> typing.Callable[..., int | None]:
     module, _, function = name.partition(" ")
-    return getattr(importlib.import_module(f"llm_jax.jobs.{module.replace('-', '_')}"), function or "run")
+    try:
+        return getattr(importlib.import_module(f"llm_jax.jobs.{module.replace('-', '_')}"), function or "run")
+    except ModuleNotFoundError as error:
+        extra = VERBS[name].extra
+        if extra is None or str(error.name).startswith("llm_jax"):
+            raise
+        raise UserError(f"{name} needs {error.name}; install it with: pip install 'llm-jax[{extra}]'") from error
 
 
 def run(name: str, argv: list[str]) -> int:
@@ -465,11 +523,7 @@ def run(name: str, argv: list[str]) -> int:
         arguments = parse(name, argv)
         if not VERBS[name].of_a_run:
             given = [arguments["data_dir"], arguments.get("workdir")]
-            try:
-                job = find_job(name)
-            except ModuleNotFoundError as error:
-                raise UserError(f"{name} needs {error.name}; install it with: pip install 'llm-jax[build]'") from error
-            return job(**arguments) or 0
+            return find_job(name)(**arguments) or 0
         data, model_file = arguments["config"].data, arguments["config"].tokenizer.model_file
         given = [arguments["workdir"], data.data_dir, data.cache_dir, model_file, arguments.get("prompts_file")]
         if name == "generate":

@@ -13,9 +13,11 @@ DTYPES = ("auto", "bfloat16", "float32")
 KINDS = ("dense", "moe")
 LAYERS = ("auto", "scan", "unroll")
 NORMS = ("rmsnorm", "layernorm")
+NORM_PLACEMENTS = ("pre", "post")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 POSITIONS = ("rope", "learned", "sinusoidal")
 REMATS = ("none", "dots", "full")
+ROPE_SCALINGS = ("linear", "llama3")
 SPIKES = ("stop", "skip", "rewind")
 SCHEDULES = ("cosine", "wsd", "linear", "rsqrt", "constant")
 TOKENIZERS = ("unigram", "bpe")
@@ -36,10 +38,20 @@ class Model:
     activation: str = "swiglu"  # swiglu | gelu
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_epsilon: float = 1e-6
+    norm_placement: str = "pre"  # pre: before each layer | post: behind it, before the sum (OLMo 2)
     position: str = "rope"  # rope | learned | sinusoidal
     rope_theta: float = 10_000.0
+    rope_scaling: str | None = None  # frequencies for rows longer than those of the first training: linear (divided by
+    # rope_factor) | llama3 (the low ones only)
+    rope_factor: float = 8.0
+    rope_low_turns: float = 1.0  # llama3: what turns less often in rope_original_length is divided,
+    rope_high_turns: float = 4.0  # what turns more often stays, and between them is a line
+    rope_original_length: int = 8192  # llama3: in tokens
+    window: int | None = None  # keys that a token sees, its own with them; None: all before it
     use_bias: bool = False
+    use_qkv_bias: bool = False  # of queries, keys and values alone (Qwen2); use_bias has them, too
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False  # over all heads together (OLMo 2), not each by itself
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None  # logits -> cap * tanh(logits / cap)
     dtype: str = "auto"  # of the computation; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32
@@ -50,6 +62,7 @@ class Model:
     pattern: tuple[str, ...] = ("dense",)  # the layers, repeated: dense | moe (a mixture of experts); scanned together
     num_experts: int | None = None  # of each moe layer
     experts_per_token: int = 2  # how many of them a token goes to
+    normalize_gates: bool = True  # the weights of those sum to 1, if there are several
     num_shared_experts: int = 0  # that every token goes to, besides
     expert_width: int | None = None  # feed-forward width of one expert; None: that of a dense layer
 
@@ -238,8 +251,11 @@ def validate(config: Config) -> None:
     one_of("model.dtype", m.dtype, DTYPES)
     one_of("model.layers", m.layers, LAYERS)
     one_of("model.norm", m.norm, NORMS)
+    one_of("model.norm_placement", m.norm_placement, NORM_PLACEMENTS)
     one_of("model.position", m.position, POSITIONS)
     one_of("model.remat", m.remat, REMATS)
+    if m.rope_scaling is not None:
+        one_of("model.rope_scaling", m.rope_scaling, ROPE_SCALINGS)
     require(len(m.pattern) > 0, "model.pattern is empty; give at least one kind of layer, such as dense")
     for kind in m.pattern:
         one_of("model.pattern", kind, KINDS)
@@ -257,6 +273,7 @@ def validate(config: Config) -> None:
         parallel__fsdp=config.parallel.fsdp, parallel__tensor=config.parallel.tensor,
         parallel__stage=config.parallel.stage, parallel__rounds=config.parallel.rounds,
         parallel__expert=config.parallel.expert, parallel__context=config.parallel.context,
+        model__window=m.window, model__rope_original_length=m.rope_original_length, model__rope_factor=m.rope_factor,
         model__num_experts=m.num_experts, model__experts_per_token=m.experts_per_token,
         model__expert_width=m.expert_width,
         parallel__num_cpu_devices=config.parallel.num_cpu_devices, train__steps=t.steps,
@@ -281,6 +298,7 @@ def validate(config: Config) -> None:
 
     for field, value in {
         "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta,
+        "model.rope_low_turns": m.rope_low_turns,
         "model.logit_soft_cap": m.logit_soft_cap, "optimizer.peak_learning_rate": o.peak_learning_rate,
         "optimizer.epsilon": o.epsilon,
         "optimizer.clip_norm": o.clip_norm, "train.router_bias_rate": t.router_bias_rate,
@@ -314,6 +332,22 @@ def validate(config: Config) -> None:
             "change model.head_width or model.num_heads",
         )
         require(
+            m.position == "rope" or m.rope_scaling is None,
+            f"model.rope_scaling={m.rope_scaling!r} has an effect only with model.position='rope'",
+        )
+        require(
+            m.rope_low_turns < m.rope_high_turns,
+            f"model.rope_low_turns={m.rope_low_turns} must be less than model.rope_high_turns={m.rope_high_turns}",
+        )
+        require(
+            not (m.use_bias and m.use_qkv_bias),
+            "model.use_qkv_bias=true has no effect with model.use_bias=true, which has these, too; leave one out",
+        )
+        require(
+            m.qk_norm or not m.qk_norm_over_heads,
+            "model.qk_norm_over_heads=true has an effect only with model.qk_norm=true",
+        )
+        require(
             m.position != "sinusoidal" or m.width % 2 == 0,
             f"model.position='sinusoidal' needs an even model.width, not {m.width}",
         )
@@ -332,6 +366,10 @@ def validate(config: Config) -> None:
             routed or (m.expert_width is None and m.num_shared_experts == 0),
             f"model.expert_width={m.expert_width} and model.num_shared_experts={m.num_shared_experts} have an effect "
             "only on layers of the kind moe",
+        )
+        require(
+            m.normalize_gates or (routed and m.experts_per_token > 1),
+            "model.normalize_gates=false has an effect only on layers of the kind moe, with several experts a token",
         )
         require(
             not routed or m.num_experts != 1,

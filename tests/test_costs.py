@@ -31,7 +31,11 @@ GPT2 = config.Model(
     num_layers=4, width=64, num_heads=8, activation="gelu", norm="layernorm", position="learned", use_bias=True,
     tie_embeddings=True,
 )  # fmt: skip
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "moe": MOE}
+OLMO = config.Model(
+    num_layers=4, width=64, num_heads=8, num_kv_heads=4, head_width=8, use_qkv_bias=True, qk_norm=True,
+    qk_norm_over_heads=True, norm_placement="post", window=16,
+)  # fmt: skip
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "moe": MOE, "olmo": OLMO}
 
 
 def given(model: config.Model, **train) -> config.Config:

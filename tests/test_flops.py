@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.measure.flops import flops_per_token, parameter_count, peak_flops
+from llm_jax.measure.flops import flops_per_token, mean_keys, parameter_count, peak_flops
 
 
 def products_in(jaxpr) -> int:
@@ -72,6 +72,14 @@ def test_published_models(shape, causal, gigaflops):
     """449.22 is what Google's TPU7x recipe of Llama 3.1 70B comes to: 1,207.06 TFLOP/s at 2,686.98 tokens/s a chip."""
     digits = len(str(gigaflops).split(".")[1])
     assert round(flops_per_token(**shape, causal=causal) / 1e9, digits) == gigaflops
+
+
+@pytest.mark.parametrize("window", [1, 5, 48, 64, 1000])
+def test_keys_of_a_window(window):
+    """The mean over all queries, where a key at the edge of what is seen counts half, as the diagonal does."""
+    t, s = np.arange(64)[:, None], np.arange(64)[None]
+    seen = np.where((s < t) & (s > t - window), 1.0, 0) + np.where((s == t) | ((s == t - window)), 0.5, 0)
+    assert mean_keys(64, window) == seen.sum() / 64
 
 
 def test_experts_count_as_often_as_a_token_meets_them():

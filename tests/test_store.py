@@ -10,6 +10,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import sentencepiece
 import tensorflow_datasets as tfds
 from tiny_corpus import TOPICS, CharacterTokenizer, concatenation, write_corpus
 
@@ -124,7 +125,7 @@ def test_ids_are_those_of_sentencepiece_and_take_two_bytes(data_dir, tmp_path):
     part, _ = prepare(data_dir, tmp_path, tokenizer=tokenizer)
     assert part.dtype == np.uint16 and part.tokenizer_sha256 == tokenizer.sha256
     for i in (0, 7):
-        ids = tokenizer.processor.encode(TEXTS[i])
+        ids = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).encode(TEXTS[i])
         assert part.document_tokens(i).tolist() == [1, *ids, 2]
 
 

@@ -54,6 +54,7 @@ class CharacterTokenizer:
 
     vocab_size = 0x110000 + 10
     sha256 = "characters"
+    bos, eos = 1, 2
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([ord(character) + 10 for character in text], np.int32) for text in texts]

@@ -28,7 +28,7 @@ from llm_jax.config import UserError
 from llm_jax.data import sources
 from llm_jax.data.sources import Documents
 from llm_jax.data.store import DATASET, SPLITS, Shard, TokenStore, is_complete, make_record, require_tokenizer
-from llm_jax.data.tokenizer import BOS, EOS, Tokenizer
+from llm_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; part of the fingerprint
 READ_AT_ONCE = 64  # documents
@@ -273,7 +273,7 @@ def write_shard(
             empty += sum(text is not None and not text.strip() for text in texts)
             good = [(i, text) for i, text in zip(indices, texts, strict=True) if text and text.strip()]
             for (i, text), ids in zip(good, tokenizer.encode([text for _, text in good]), strict=True):
-                tokens = np.concatenate([[BOS], ids, [EOS]]).astype(dtype)
+                tokens = np.concatenate([[tokenizer.bos], ids, [tokenizer.eos]]).astype(dtype)
                 writer.write(make_record(tokens.tobytes(), source.key(i)))
                 index.append((len(tokens), len(text.encode()), len(text.split())))
             report(len(indices))

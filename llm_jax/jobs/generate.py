@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_jax.config import Config, UserError
-from llm_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
 from llm_jax.model import decoding
 from llm_jax.model.transformer import Transformer
@@ -45,7 +45,7 @@ def run(
     work = Workdir(workdir)
     tokenizer = work.load_tokenizer()
     mesh = mesh_for_reading(config, tokenizer.vocab_size)
-    sampling = decoding.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, eos=EOS)
+    sampling = decoding.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, eos=tokenizer.eos)
     with jax.set_mesh(mesh):
         step, model = restore_parameters(work, config, tokenizer, mesh, step=step, ema=ema)
         show = _Printer(prompts[0]) if stream and not as_json and hosts.is_first() else None
@@ -80,7 +80,7 @@ def generate(
     show: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The continuations, each up to its end of document or max_tokens. `show` gets the first one's text as it grows."""
-    rows = [np.array([BOS, *ids], np.int32) for ids in tokenizer.encode(prompts)]
+    rows = [np.array([tokenizer.bos, *ids], np.int32) for ids in tokenizer.encode(prompts)]
     longest = max(len(row) for row in rows)
     if model.shape.position == "learned" and longest + max_tokens > model.shape.max_length:
         raise UserError(
@@ -88,8 +88,8 @@ def generate(
             f"positions of the model; try --max_tokens={max(1, model.shape.max_length - longest)} or a shorter prompt"
         )
     shards = num_shards(mesh, model.rules.batch)
-    rows += [np.array([BOS], np.int32)] * (-len(rows) % shards)
-    tokens_BP = np.full((len(rows), longest), PAD, np.int32)
+    rows += [np.array([tokenizer.bos], np.int32)] * (-len(rows) % shards)
+    tokens_BP = np.full((len(rows), longest), tokenizer.eos, np.int32)
     for row, ids in zip(tokens_BP, rows, strict=True):
         row[longest - len(ids) :] = ids
     lengths_B = np.array([len(row) for row in rows], np.int32)
@@ -107,19 +107,19 @@ def generate(
         state = extend(model, state, key)
         count, done = int(state.count), bool(np.all(_fetch(state.done_B)[: len(prompts)]))
         if show is not None:
-            show(tokenizer.decode(_until_eos(_fetch(state.tokens_BM)[0, :count])))
+            show(tokenizer.decode(_until(sampling.eos, _fetch(state.tokens_BM)[0, :count])))
         if done or count >= max_tokens:
             break
     tokens_BM = _fetch(state.tokens_BM)[: len(prompts), :count]
-    return [tokenizer.decode(_until_eos(row)) for row in tokens_BM]
+    return [tokenizer.decode(_until(sampling.eos, row)) for row in tokens_BM]
 
 
 def _fetch(array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _until_eos(ids: np.ndarray) -> list[int]:
-    ends = np.flatnonzero(ids == EOS)
+def _until(eos: int, ids: np.ndarray) -> list[int]:
+    ends = np.flatnonzero(ids == eos)
     return ids[: ends[0] if len(ends) else len(ids)].tolist()
 
 

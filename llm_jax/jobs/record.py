@@ -119,7 +119,7 @@ class Record:
             line["max_load"] = float(metrics["max_load"])  # of an expert, over the mean
         finite = math.isfinite(loss) and math.isfinite(line["grad_norm"])
         spikes = bool(metrics["spike"])
-        if step == 1 and finite:
+        if step == 1 and finite and not self.work.imported.exists():
             check_first_step(loss, metrics["gradient_norms"], self.vocab_size)
         if spikes or not finite:
             line |= {"spike": spikes, "skipped": bool(metrics["skipped"])}

@@ -33,7 +33,7 @@ from llm_jax.safety.rewinds import Rewinds
 from llm_jax.training.losses import Weights
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
-from llm_jax.training.state import TrainState, abstract_state, make_init, model_shape
+from llm_jax.training.state import TrainState, abstract_state, begin, make_init, model_shape
 from llm_jax.training.step import train_step
 
 BATCHES_AHEAD = 2
@@ -156,6 +156,16 @@ class Setup(Program):
             checkpoints.remove_after(rewinds.to_clear)
             rewinds.clear(write=hosts.is_first())
         target = abstract_state(self.init, self.mesh)
+        if (checkpoints.latest() if step is None else step) == 0:  # of an imported model: its parameters, and no more
+            restored = checkpoints.restore({"parameters": target.parameters}, step=0)
+            assert restored is not None
+            fresh = functools.partial(
+                begin,
+                optimizer=self.optimizer,
+                window=config.spikes.window,
+                ema=config.train.ema_decay is not None,
+            )
+            return jax.jit(fresh, donate_argnums=0)(restored[1]["parameters"]), 0
         restored = checkpoints.restore(items(target), step=step)
         if restored is None:
             # On CPU most of the time until the first step would be the optimization of code that runs once.

@@ -305,7 +305,7 @@ def finish(
         work.save_evaluation(result)
     sample = None
     if config.log.sample_prompt is not None:
-        sampling = Sampling(temperature=0.8, top_p=0.95)
+        sampling = Sampling(temperature=0.8, top_p=0.95, eos=prepared.tokenizer.eos)
         prompt, length = config.log.sample_prompt, config.log.sample_tokens
         if state.parameters.position_embed is not None:
             length = min(length, config.train.sequence_length - 1 - len(prepared.tokenizer.encode([prompt])[0]))

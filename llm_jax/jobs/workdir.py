@@ -4,6 +4,7 @@ WORKDIR/config.json        the resolved config; every later verb needs --workdir
 WORKDIR/tokenizer.model    the SentencePiece model
 WORKDIR/metrics.jsonl      the record, one line a step
 WORKDIR/checkpoints/STEP/  what training goes on from
+WORKDIR/imported.json      where the parameters of step 0 came from, in a run that began with those of another library
 WORKDIR/evaluate.json      the last full evaluation
 WORKDIR/ledger.jsonl       what the time went into, over all starts
 WORKDIR/incidents/         what was recorded at a spike, a NaN or a crash
@@ -52,6 +53,8 @@ FREE = ("checkpoint.", "evaluate.", "log.", "parallel.", "train.steps", "train.m
         "spikes.action", "spikes.threshold", "spikes.limit", "spikes.rewind_")  # fmt: skip
 # And what may with checkpoint.allow_other_data: what the fingerprint of the data is made of.
 DATA = ("data.", "train.batch_size", "train.sequence_length", "train.seed")
+# And before the first step with an imported model.
+NOT_IMPORTED = ("optimizer.", "train.", "spikes.")
 
 
 SECONDS_TO_LOCK = 10.0
@@ -75,6 +78,7 @@ class Workdir:
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.model"
         self.metrics = self.path / "metrics.jsonl"
+        self.imported = self.path / "imported.json"
         self.evaluation = self.path / "evaluate.json"
         self.ledger = self.path / "ledger.jsonl"
         self.incidents = self.path / "incidents"
@@ -102,6 +106,8 @@ class Workdir:
             self._mirror.keep_pushing(self._lost)
         if self.has_begun() and self.config.exists():
             free = FREE + DATA if config.checkpoint.allow_other_data else FREE
+            if self.imported.exists() and not self.metrics.exists():
+                free = FREE + DATA + NOT_IMPORTED
             changed = {
                 field: values
                 for field, values in config_module.differences(self.saved_config(), config).items()

@@ -45,14 +45,15 @@ def attention(
     key_segments_BS: jax.Array,
     order: np.ndarray | None = None,
     offset: jax.Array | int = 0,
+    window: int | None = None,
     implementation: str,
     rules: Rules,
 ) -> jax.Array:
     """Grouped-query attention, "reference" or "splash" (no offset); returns [B, T, N, H], sharded like q_BTNH."""
     arrays = dict(q_BTNH=q_BTNH, k_BSKH=k_BSKH, v_BSKH=v_BSKH, segments_BT=segments_BT, key_segments_BS=key_segments_BS)
     if implementation == "splash":
-        return splash_attention(**arrays, order=order, rules=rules)
-    return reference_attention(**arrays, order=order, offset=offset)
+        return splash_attention(**arrays, order=order, window=window, rules=rules)
+    return reference_attention(**arrays, order=order, offset=offset, window=window)
 
 
 def reference_attention(
@@ -64,11 +65,13 @@ def reference_attention(
     key_segments_BS: jax.Array,
     order: np.ndarray | None = None,
     offset: jax.Array | int = 0,
+    window: int | None = None,
 ) -> jax.Array:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), softmax in float32; returns [B, T, N, H].
 
     Query t stands at key position offset + t, and sees key s if s <= offset + t and both have the same segment id.
     With an `order` (int [T], T = S, no offset), the position of query and key number t is order[t].
+    With a `window`, a query sees its own key and the window - 1 before it only (Beltagy et al. 2020, arXiv:2004.05150).
     To be called under a mesh.
     """
     batch, num_queries, num_heads, head_width = q_BTNH.shape
@@ -83,6 +86,8 @@ def reference_attention(
     else:
         key_positions_S = positions_T = jnp.asarray(order)
     past_TS = key_positions_S[None, :] <= positions_T[:, None]
+    if window is not None:
+        past_TS &= key_positions_S[None, :] > positions_T[:, None] - window
     seen_BTS = (segments_BT[:, :, None] == key_segments_BS[:, None, :]) & past_TS
     # A finite mask value: a row without any visible key (padding) gives a uniform, unused average and no NaN.
     scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS * head_width**-0.5, -1e30)
@@ -107,6 +112,7 @@ def splash_attention(
     segments_BT: jax.Array,
     key_segments_BS: jax.Array,
     order: np.ndarray | None = None,
+    window: int | None = None,
     rules: Rules,
     interpret: bool = False,
 ) -> jax.Array:
@@ -122,7 +128,7 @@ def splash_attention(
     reason = supports_splash(length=length, length_shards=length_shards)
     if reason is not None:
         raise ValueError(f"splash attention: {reason}")
-    kernel = _splash_kernel(length, num_heads, length_shards, num_shards(mesh, rules.heads), order, interpret)
+    kernel = _splash_kernel(length, num_heads, length_shards, num_shards(mesh, rules.heads), order, window, interpret)
     # What the kernel is to skip differs from shard to shard of the queries. It asks for a mesh without manual axes.
     sizes = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names)
     kernel_spec = kernel.manual_sharding_spec(jax.NamedSharding(sizes, rules.spec("heads", "length")))
@@ -154,12 +160,14 @@ def _num_chunks(length_shards: int) -> int:
     return 1 if length_shards == 1 else 2 * length_shards
 
 
-def _splash_kernel(length, num_heads, length_shards, head_shards, order, interpret):
+def _splash_kernel(length, num_heads, length_shards, head_shards, order, window, interpret):
     rows = length // _num_chunks(length_shards)
     block_q, block_kv = (
         max(n for n in range(LANES, min(BLOCK, size) + 1, LANES) if size % n == 0) for size in (rows, length)
     )
     mask = splash_attention_mask.CausalMask((length, length))
+    if window is not None:
+        mask = splash_attention_mask.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
     if order is not None:
         mask.q_sequence = order.astype(np.int32)
     return splash_attention_kernel.make_splash_mha(

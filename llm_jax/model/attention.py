@@ -12,7 +12,7 @@ from flax import nnx
 from llm_jax.kernels.attention import attention
 from llm_jax.model.norm import Norm
 from llm_jax.model.parameter import constant, gathered, weight
-from llm_jax.model.position import rotate
+from llm_jax.model.position import RopeScaling, rotate
 from llm_jax.parallel.sharding import Rules
 
 
@@ -26,13 +26,17 @@ class Attention(nnx.Module):
         head_width: int,
         out_scale: float,
         rope_theta: float | None,
+        rope_scaling: RopeScaling | None,
+        window: int | None,
         use_bias: bool,
+        use_qkv_bias: bool,
         make_head_norm: Callable[[int], Norm] | None,
         implementation: str,
         dtype: jnp.dtype,
         rules: Rules,
         key: jax.Array,
     ):
+        """make_head_norm: of so many heads. window: how many keys a query sees, its own with them; None: all."""
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         into, out = rules.spec("embed", "heads", None), rules.spec("heads", None, "embed")
         self.wq = weight(q_key, (width, num_heads, head_width), into, width=width)
@@ -40,13 +44,15 @@ class Attention(nnx.Module):
         self.wv = weight(v_key, (width, num_kv_heads, head_width), into, width=width)
         self.wo = weight(o_key, (num_heads, head_width, width), out, width=width, scale=out_scale)
         heads = rules.spec("heads", None)
-        self.bq = constant(0.0, (num_heads, head_width), heads) if use_bias else None
-        self.bk = constant(0.0, (num_kv_heads, head_width), heads) if use_bias else None
-        self.bv = constant(0.0, (num_kv_heads, head_width), heads) if use_bias else None
+        self.bq = constant(0.0, (num_heads, head_width), heads) if use_qkv_bias else None
+        self.bk = constant(0.0, (num_kv_heads, head_width), heads) if use_qkv_bias else None
+        self.bv = constant(0.0, (num_kv_heads, head_width), heads) if use_qkv_bias else None
         self.bo = constant(0.0, (width,), jax.P(None)) if use_bias else None
-        self.q_norm = make_head_norm(head_width) if make_head_norm else None
-        self.k_norm = make_head_norm(head_width) if make_head_norm else None
+        self.q_norm = make_head_norm(num_heads) if make_head_norm else None
+        self.k_norm = make_head_norm(num_kv_heads) if make_head_norm else None
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.window = window
         self.dtype = dtype
         self.into_spec, self.out_spec = rules.spec(None, "heads", None), rules.spec("heads", None, None)
         self.implementation = implementation
@@ -62,12 +68,13 @@ class Attention(nnx.Module):
         q_BTNH = self._project(x_BTD, self.wq, self.bq)
         k_BTKH = self._project(x_BTD, self.wk, self.bk)
         v_BTKH = self._project(x_BTD, self.wv, self.bv)
-        # Henry et al. 2020, arXiv:2010.04245; per head as in Dehghani et al. 2023, arXiv:2302.05442.
+        # Henry et al. 2020, arXiv:2010.04245; per head as in Dehghani et al. 2023, arXiv:2302.05442, or over all heads
+        # as in OLMo 2, arXiv:2501.00656.
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if self.rope_theta is not None:
-            q_BTNH = rotate(q_BTNH, positions_BT, self.rope_theta)
-            k_BTKH = rotate(k_BTKH, positions_BT, self.rope_theta)
+            q_BTNH = rotate(q_BTNH, positions_BT, self.rope_theta, self.rope_scaling)
+            k_BTKH = rotate(k_BTKH, positions_BT, self.rope_theta, self.rope_scaling)
         if cache is None:
             # All keys of a row: where the sequence is sharded, they are gathered (Llama 3, arXiv:2407.21783, 3.3.2).
             whole = self.rules.spec("batch", None, "heads", None)
@@ -79,7 +86,8 @@ class Attention(nnx.Module):
             v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, v_BTKH, offset, axis=1)
         out_BTNH = attention(
             q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, key_segments_BS=key_segments_BS, order=order,
-            offset=offset, implementation=self.implementation if cache is None else "reference", rules=self.rules,
+            offset=offset, window=self.window, implementation=self.implementation if cache is None else "reference",
+            rules=self.rules,
         )  # fmt: skip
         wo_NHD = gathered(self.wo, self.out_spec, self.dtype)
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD, out_sharding=spec)

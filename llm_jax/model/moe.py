@@ -69,10 +69,12 @@ class MixtureOfExperts(nnx.Module):
         num_shared_experts: int,
         out_scale: float,
         gated: bool,
+        normalize_gates: bool = True,
         dtype: jnp.dtype,
         rules: Rules,
         key: jax.Array,
     ):
+        """normalize_gates: the weights of a token's choices sum to 1, if there are several."""
         router_key, gate_key, up_key, down_key, shared_key = jax.random.split(key, 5)
         shape = (num_experts, width, expert_width)
         into = rules.spec("experts", "expert_embed", "feed_forward")
@@ -95,6 +97,8 @@ class MixtureOfExperts(nnx.Module):
         )
         self.shared = shared() if num_shared_experts else None
         self.experts_per_token = experts_per_token
+        # Of a single one the router would learn nothing (Fedus et al. 2021, eq. 2).
+        self.normalize_gates = normalize_gates and experts_per_token > 1
         self.dtype = dtype
         self.rules = rules
 
@@ -116,7 +120,9 @@ class MixtureOfExperts(nnx.Module):
         def shard(x_BTD, counted_BT, w_router_DE, b_router_E, into, w_down_EFD):
             x_ND, counted_N = x_BTD.reshape(-1, x_BTD.shape[-1]), counted_BT.reshape(-1)
             w_router_DE = jax.lax.all_gather(w_router_DE, rules.embed, axis=0, tiled=True)
-            choice_NK, gate_NK, sums = _route(x_ND, counted_N, w_router_DE, b_router_E, self.experts_per_token)
+            choice_NK, gate_NK, sums = _route(
+                x_ND, counted_N, w_router_DE, b_router_E, self.experts_per_token, self.normalize_gates
+            )
 
             # Cast first: half the bytes to gather. A remat policy can name `all_gather` to have this done again in the
             # backward pass instead of keeping each layer's weights and exchanged tokens until then.
@@ -159,7 +165,7 @@ def _gather(array, axes, *, axis):
     return jax.lax.all_gather(array, axes, axis=axis, tiled=True)
 
 
-def _route(x_ND, counted_N, w_router_DE, b_router_E, experts_per_token):
+def _route(x_ND, counted_N, w_router_DE, b_router_E, experts_per_token, normalize_gates):
     """(choice_NK: experts, -1 for padding; gate_NK: their weights; the sums of these tokens)."""
     # The default precision of a TPU or GPU would round the factors, and with them the choice.
     logits_NE = jnp.einsum("ND,DE->NE", x_ND.astype(jnp.float32), w_router_DE, precision=jax.lax.Precision.HIGHEST)
@@ -168,7 +174,7 @@ def _route(x_ND, counted_N, w_router_DE, b_router_E, experts_per_token):
     # arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
     _, choice_NK = jax.lax.top_k(jax.lax.stop_gradient(probability_NE + b_router_E), experts_per_token)
     gate_NK = jnp.take_along_axis(probability_NE, choice_NK, axis=1)
-    if experts_per_token > 1:  # of a single one the router would learn nothing (Fedus et al. 2021, eq. 2)
+    if normalize_gates:
         gate_NK /= jnp.sum(gate_NK, axis=1, keepdims=True)
     chosen_NKE = jax.nn.one_hot(choice_NK, logits_NE.shape[1])
     sums = RouterSums(

@@ -22,7 +22,7 @@ from llm_jax.model.feed_forward import FeedForward
 from llm_jax.model.moe import MixtureOfExperts
 from llm_jax.model.norm import Norm
 from llm_jax.model.parameter import gathered, weight
-from llm_jax.model.position import sinusoidal
+from llm_jax.model.position import RopeScaling, sinusoidal
 from llm_jax.parallel.pipeline import pipelined
 from llm_jax.parallel.sharding import Rules
 
@@ -44,8 +44,12 @@ class Shape:
     norm_epsilon: float
     position: str  # rope | learned | sinusoidal
     rope_theta: float
+    rope_scaling: RopeScaling | None
+    window: int | None
     use_bias: bool
-    qk_norm: bool
+    use_qkv_bias: bool
+    qk_norm: str | None  # head | heads: each by itself, or all together
+    norm_placement: str  # pre | post
     tie_embeddings: bool
     logit_soft_cap: float | None
     pattern: tuple[str, ...]  # the kinds of the layers, repeated: dense | moe
@@ -53,6 +57,21 @@ class Shape:
     experts_per_token: int
     num_shared_experts: int
     expert_width: int
+    normalize_gates: bool
+
+    def letters(self) -> dict[str, int]:
+        """The sizes of dimensions by their letters; F is that of a routed expert where all layers are mixtures."""
+        return {
+            "D": self.width,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_width,
+            "F": self.feed_forward_width if "dense" in self.pattern else self.expert_width,
+            "V": self.vocab_size,
+            "T": self.max_length,
+            "L": self.num_layers,
+            "E": self.num_experts,
+        }
 
 
 def keep_all_but_gathered(primitive, *_, **__) -> bool:
@@ -74,13 +93,20 @@ REMATS = {
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block (Radford et al. 2019, section 2.3)."""
+    """Residual block with norms before its layers (Radford et al. 2019, section 2.3), or behind them, before the sums
+    (OLMo 2, arXiv:2501.00656, section 3.2)."""
 
     def __init__(self, shape: Shape, kind: str, *, attention: str, dtype: jnp.dtype, rules: Rules, key: jax.Array):
         attention_key, feed_forward_key = jax.random.split(key)
         make_norm = functools.partial(
             Norm, centred=shape.layer_norm, use_bias=shape.use_bias, epsilon=shape.norm_epsilon
         )
+
+        def make_head_norm(num_heads: int) -> Norm:
+            if shape.qk_norm == "head":
+                return make_norm(shape.head_width)
+            return make_norm(num_heads, shape.head_width, spec=rules.spec("heads", None))
+
         # The variance of the residual stream does not grow with depth at the start (Radford et al. 2019, section 2.3).
         out_scale = 1 / math.sqrt(2 * shape.num_layers)
         self.attention_norm = make_norm(shape.width)
@@ -91,8 +117,11 @@ class Block(nnx.Module):
             head_width=shape.head_width,
             out_scale=out_scale,
             rope_theta=shape.rope_theta if shape.position == "rope" else None,
+            rope_scaling=shape.rope_scaling,
+            window=shape.window,
             use_bias=shape.use_bias,
-            make_head_norm=make_norm if shape.qk_norm else None,
+            use_qkv_bias=shape.use_qkv_bias,
+            make_head_norm=make_head_norm if shape.qk_norm else None,
             implementation=attention,
             dtype=dtype,
             rules=rules,
@@ -107,6 +136,7 @@ class Block(nnx.Module):
                 num_experts=shape.num_experts,
                 experts_per_token=shape.experts_per_token,
                 num_shared_experts=shape.num_shared_experts,
+                normalize_gates=shape.normalize_gates,
                 dtype=dtype,
                 rules=rules,
                 key=feed_forward_key,
@@ -120,6 +150,7 @@ class Block(nnx.Module):
                 rules=rules,
                 key=feed_forward_key,
             )
+        self.pre = shape.norm_placement == "pre"
         self.rules = rules
 
     def __call__(self, x_BTD, segments_BT, positions_BT, order=None, cache=None):
@@ -129,16 +160,17 @@ class Block(nnx.Module):
         within = self.rules.spec("batch", None if cache is not None else "length", None)
         between = within if cache is not None else self.rules.spec("batch", "sequence", None)
         with jax.named_scope("attention"):
-            normed_BTD = jax.reshard(self.attention_norm(x_BTD), within)
-            attended_BTD, cache = self.attention(normed_BTD, segments_BT, positions_BT, between, order, cache)
-            x_BTD += attended_BTD
+            into_BTD = jax.reshard(self.attention_norm(x_BTD) if self.pre else x_BTD, within)
+            out_BTD, cache = self.attention(into_BTD, segments_BT, positions_BT, between, order, cache)
+            x_BTD += out_BTD if self.pre else self.attention_norm(out_BTD)
         with jax.named_scope("feed_forward"):
-            normed_BTD = jax.reshard(self.feed_forward_norm(x_BTD), within)
+            into_BTD, sums = jax.reshard(self.feed_forward_norm(x_BTD) if self.pre else x_BTD, within), None
             if isinstance(self.feed_forward, FeedForward):
-                return x_BTD + self.feed_forward(normed_BTD, between), cache, None
-            counted_BT = (segments_BT > 0).astype(jnp.float32)
-            out_BTD, sums = self.feed_forward(normed_BTD, counted_BT, between)
-            return x_BTD + out_BTD, cache, sums
+                out_BTD = self.feed_forward(into_BTD, between)
+            else:
+                counted_BT = (segments_BT > 0).astype(jnp.float32)
+                out_BTD, sums = self.feed_forward(into_BTD, counted_BT, between)
+            return x_BTD + (out_BTD if self.pre else self.feed_forward_norm(out_BTD)), cache, sums
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ D width, N heads, K key/value heads, H head width, F feed-forward width, V vocab
 import dataclasses
 
 from llm_jax.kernels.attention import LANES
-from llm_jax.measure.flops import flops_per_token
+from llm_jax.measure.flops import flops_per_token, mean_keys
 from llm_jax.model.transformer import Shape
 from llm_jax.parallel.pipeline import bubble_fraction
 from llm_jax.plan.memory import (
@@ -60,6 +60,7 @@ def model_flops(shape: Shape, sequence_length: int, *, causal: bool) -> float:
         num_moe_layers=shape.num_layers // len(shape.pattern) * shape.pattern.count("moe"),
         num_experts=shape.num_experts, experts_per_token=shape.experts_per_token,
         num_shared_experts=shape.num_shared_experts, expert_width=shape.expert_width,
+        window=shape.window,
     )  # fmt: skip
 
 
@@ -195,7 +196,8 @@ def times(job: Job, topology: Topology, sizes: Sizes) -> Times:
     product_flops = 2 * tokens * (3 * (block + head) + repeated)
 
     # Forward scores and weighted values; backward 4 products, and in the kernel the scores again, there and there.
-    causal = 2 * s.num_layers * s.num_heads * s.head_width * job.sequence_length  # both products of a token, forward
+    keys = 2 * mean_keys(job.sequence_length, s.window) if kernel == "splash" else job.sequence_length
+    causal = 2 * s.num_layers * s.num_heads * s.head_width * keys  # both products of a token, forward
     forward, backward = (1, 3.5) if kernel == "splash" else (2, 4)
     runs = 1 + (remat in ("full", "dots")) + (stages > 1)
     attention_flops = tokens * causal * (forward * runs + backward)

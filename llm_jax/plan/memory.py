@@ -115,9 +115,9 @@ def arrays(shape: Shape) -> tuple[Array, ...]:
     def add(*dims: int, names: tuple[str | None, ...] | None = None, kind: str = "dense", layers: int = layers) -> None:
         found.append(Array(dims, names or (None,) * len(dims), layers, kind))
 
-    def add_norm(width: int, layers: int = layers) -> None:
+    def add_norm(*sizes: int, names: tuple[str | None, ...] | None = None, layers: int = layers) -> None:
         for _ in range(2 if s.use_bias else 1):
-            add(width, layers=layers)
+            add(*sizes, names=names, layers=layers)
 
     def add_feed_forward(width: int, use_bias: bool) -> None:
         for _ in range(2 if s.gated else 1):
@@ -133,14 +133,16 @@ def arrays(shape: Shape) -> tuple[Array, ...]:
         add_norm(s.width)
         for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads):
             add(s.width, heads, s.head_width, names=("embed", "heads", None))
-            if s.use_bias:
+            if s.use_qkv_bias:
                 add(heads, s.head_width, names=("heads", None))
         add(s.num_heads, s.head_width, s.width, names=("heads", None, "embed"))
         if s.use_bias:
             add(s.width)
-        if s.qk_norm:
-            add_norm(s.head_width)
-            add_norm(s.head_width)
+        for heads in (s.num_heads, s.num_kv_heads) if s.qk_norm else ():
+            if s.qk_norm == "head":
+                add_norm(s.head_width)
+            else:
+                add_norm(heads, s.head_width, names=("heads", None))
         if kind == "dense":
             add_feed_forward(s.feed_forward_width, s.use_bias)
             continue

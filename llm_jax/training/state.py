@@ -9,6 +9,7 @@ import optax
 
 from llm_jax import config
 from llm_jax.kernels.attention import choose_implementation
+from llm_jax.model.position import RopeScaling
 from llm_jax.model.transformer import Shape, Transformer
 from llm_jax.parallel.sharding import Rules, blocks_gather, num_shards, require_divisible
 from llm_jax.training import spikes
@@ -29,6 +30,16 @@ def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -
     gated = model.activation == "swiglu"
     # SwiGLU has three matrices for GELU's two: 8/3 keeps the parameters (Shazeer 2020, arXiv:2002.05202, section 2).
     feed_forward_width = -(-8 * model.width // 3 // 32) * 32 if gated else 4 * model.width
+    scaling = None
+    if model.rope_scaling == "linear":
+        scaling = RopeScaling(factor=model.rope_factor)
+    elif model.rope_scaling == "llama3":
+        scaling = RopeScaling(
+            factor=model.rope_factor,
+            low=model.rope_low_turns,
+            high=model.rope_high_turns,
+            original_length=model.rope_original_length,
+        )
     return Shape(
         vocab_size=vocab_size,
         max_length=sequence_length,
@@ -43,8 +54,12 @@ def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -
         norm_epsilon=model.norm_epsilon,
         position=model.position,
         rope_theta=model.rope_theta,
+        rope_scaling=scaling,
+        window=model.window,
         use_bias=model.use_bias,
-        qk_norm=model.qk_norm,
+        use_qkv_bias=model.use_bias or model.use_qkv_bias,
+        qk_norm=None if not model.qk_norm else "heads" if model.qk_norm_over_heads else "head",
+        norm_placement=model.norm_placement,
         tie_embeddings=model.tie_embeddings,
         logit_soft_cap=model.logit_soft_cap,
         pattern=model.pattern,
@@ -52,6 +67,7 @@ def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -
         experts_per_token=model.experts_per_token,
         num_shared_experts=model.num_shared_experts,
         expert_width=model.expert_width or model.feed_forward_width or feed_forward_width,
+        normalize_gates=model.normalize_gates,
     )
 
 
@@ -113,16 +129,20 @@ def make_init(
     )
 
     def init() -> TrainState:
-        parameters = make_model(key=jax.random.key(seed))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            parameters=parameters,
-            optimizer=optimizer.init(parameters),
-            ema=parameters if ema else None,  # under jit, in memory of its own
-            history=spikes.empty(window),
-        )
+        return begin(make_model(key=jax.random.key(seed)), optimizer, window=window, ema=ema)
 
     return init
+
+
+def begin(parameters: Transformer, optimizer: optax.GradientTransformation, *, window: int, ema: bool) -> TrainState:
+    """The state of step 0 with these parameters; jit it. window, ema: as of make_init."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        parameters=parameters,
+        optimizer=optimizer.init(parameters),
+        ema=parameters if ema else None,  # under jit, in memory of its own
+        history=spikes.empty(window),
+    )
 
 
 def abstract_state(init, mesh: jax.sharding.Mesh):
