@@ -78,7 +78,7 @@ def test_published_models(shape, causal, gigaflops):
 def test_keys_of_a_window(window):
     """The mean over all queries, where a key at the edge of what is seen counts half, as the diagonal does."""
     t, s = np.arange(64)[:, None], np.arange(64)[None]
-    seen = np.where((s < t) & (s > t - window), 1.0, 0) + np.where((s == t) | ((s == t - window)), 0.5, 0)
+    seen = np.where((s < t) & (s > t - window), 1.0, 0) + np.where((s == t) | (s == t - window), 0.5, 0)
     assert mean_keys(64, window) == seen.sum() / 64
 
 

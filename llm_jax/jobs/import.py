@@ -28,9 +28,7 @@ def run(config: Config, workdir: str, as_json: bool = False, **flags) -> None:
     The sections model and tokenizer of the config become the model's own.
     """
     if not flags["from"]:
-        raise UserError(
-            "import needs --from=DIR or --from=OWNER/NAME, such as: --from=openai-community/gpt2"
-        )
+        raise UserError("import needs --from=DIR or --from=OWNER/NAME, such as: --from=openai-community/gpt2")
     folder = fetch(flags["from"])
     theirs = weights.read_json(folder / "config.json")
     family = family_of(theirs)
