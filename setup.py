@@ -21,7 +21,7 @@ REQUIRED = [
     "jax>=0.10,<0.13",
     "ml-collections>=1.1,<2",
     "numpy>=2.0",
-    "optax>=0.2.5,<0.3",
+    "optax>=0.2.8,<0.3",  # before 0.2.7 its Muon scales updates by their shape
     "orbax-checkpoint>=0.12.8,<0.13",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4,<3",
@@ -50,6 +50,8 @@ BUILD = [
 # `llm-jax import` and `export`. Not transformers or PyTorch: those are in no part of this, but in tests.
 HF = ["huggingface-hub>=0.30", "ml_dtypes>=0.5", "safetensors>=0.5", "tokenizers>=0.21"]
 
+EVAL = ["lm_eval>=0.4.13"]  # `llm-jax evaluate --tasks`; brings no PyTorch
+
 REPORT = ["bokeh>=3.9,<4", "jinja2>=3.1,<4"]  # 3.9: CSS variables, on which light and dark rest
 
 GCS = ["gcsfs>=2025.5", "google-cloud-storage>=3"]  # --workdir=gs://...
@@ -70,6 +72,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "gcs": GCS,
         "build": BUILD,
+        "eval": EVAL,
         "hf": HF,
         "report": REPORT,
         # In an environment of its own: Beam wants protobuf 6 and sentencepiece brings code of protobuf 7.

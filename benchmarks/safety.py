@@ -42,10 +42,11 @@ from llm_jax.jobs.setup import Setup
 from llm_jax.jobs.workdir import Workdir, start
 from llm_jax.measure.goodput import Ledger
 from llm_jax.parallel import hosts
-from llm_jax.parallel.sharding import Rules, make_mesh, num_batch_shards
+from llm_jax.parallel.sharding import Rules, make_mesh, num_shards
 from llm_jax.safety.checkpoint import Checkpoints
 from llm_jax.safety.digest import examine
 from llm_jax.safety.watchdog import Watchdog
+from llm_jax.training.losses import Weights
 from llm_jax.training.schedule import make_schedule
 from llm_jax.training.step import train_step
 
@@ -94,7 +95,7 @@ def sized(config: Config) -> Config:
     """The config of a short step, a few times longer than what an accelerator needs to start one. No update shall be
     a spike: the incident that it makes is no part of a step."""
     on_cpu = jax.default_backend() == "cpu"
-    shards = num_batch_shards(make_mesh(config.parallel), Rules())
+    shards = num_shards(make_mesh(config.parallel), Rules().batch)
     model = config.model if on_cpu else Model(num_layers=12, width=768, num_heads=12, tie_embeddings=True)
     length, rows = (256, 1) if on_cpu else (1024, 8)
     return dataclasses.replace(
@@ -233,7 +234,9 @@ def compile_bare(setup: Setup, state):
             optimizer=setup.optimizer,
             schedule=make_schedule(config.optimizer, config.train.steps),
             num_microbatches=config.train.microbatches,
-            z_loss=config.train.z_loss,
+            pipelined=False,
+            weights=Weights(),
+            router_bias_rate=None,
             chunk=config.train.loss_chunk,
             skip=False,
             threshold=config.spikes.threshold,

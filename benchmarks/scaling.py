@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="only the formulas")
     arguments = parser.parse_args()
     config = load_config_file(str(CONFIG))
+    config.model = dataclasses.replace(config.model, remat="full")  # fits on any number of chips
+    config.train = dataclasses.replace(config.train, loss_chunk=None)
     points = [predict(config, scaling, count) for scaling in COLORS for count in CHIPS]
     results: dict[str, list[dict]] = {"predicted": list(predictions(points)), "exchanged": [], "depths": []}
     show("Predicted by formulas, not measured", results["predicted"])

@@ -20,6 +20,7 @@ import traceback
 import typing
 
 import llm_jax
+from llm_jax import environment
 from llm_jax.config import Config, RunFailed, UserError, flatten, validate
 from llm_jax.flags import OVERRIDE, load_config_file, load_saved_config, nearest, override
 from llm_jax.safety.remote import Store, is_url
@@ -209,9 +210,22 @@ VERBS = {
     ),
     "evaluate": Verb(
         summary="measure loss, perplexity and bits per byte on all held-out text",
-        explanation="Prints a table and writes WORKDIR/evaluate.json.",
+        explanation="Prints a table and writes WORKDIR/evaluate.json. Or on one text, by sliding windows (--text), or "
+        "on tasks of EleutherAI's lm-evaluation-harness (--tasks; needs the extra [eval]).",
         example="llm-jax evaluate --workdir=runs/quickstart",
-        flags=(STEP, EMA, Flag("batch_size", "integer", "in sequences; changes no result", {"lower_bound": 1})),
+        flags=(
+            STEP,
+            EMA,
+            Flag("batch_size", "integer", "in sequences; changes no result", {"lower_bound": 1}),
+            Flag("text", "string", "the perplexity of this file, or of tfds:NAME/SPLIT, document by document"),
+            Flag("stride", "integer", "of its windows, in tokens; default: half of --length", {"lower_bound": 1}),
+            Flag("wikitext", "boolean", "undo the tokenization of WikiText first", default=False),
+            Flag("tasks", "list", "names or globs of tasks of the harness, or YAML files of your own"),
+            Flag("include_path", "string", "a folder with tasks of your own, to be named in --tasks"),
+            Flag("limit", "integer", "so many examples of each task", {"lower_bound": 1}),
+            Flag("num_fewshot", "integer", "examples in a prompt; default: as the task says", {"lower_bound": 0}),
+            Flag("length", "integer", "tokens that a prediction sees, at most", {"lower_bound": 1}),
+        ),
         reads_config_file=False,
     ),
     "generate": Verb(
@@ -238,8 +252,8 @@ VERBS = {
     "import": Verb(
         summary="make a workdir of a Hugging Face model, to train on, evaluate and generate with",
         explanation="Reads config.json, the tokenizer and safetensors files of GPT-2, Llama, Mistral, Qwen2, Qwen3, "
-        "OLMo 2, Mixtral, Qwen3-MoE and OLMoE. The config's sections model and tokenizer become the model's own; the "
-        "others come from --config. Needs the extra [hf].",
+        "OLMo 2, Mixtral, Qwen3-MoE, OLMoE and Gemma 2 and 3 (text). The config's sections model and tokenizer become "
+        "the model's own; the others come from --config. Needs the extra [hf].",
         example="llm-jax import --from=openai-community/gpt2 --workdir=runs/gpt2",
         flags=(Flag("from", "string", "a folder with config.json, or OWNER/NAME on the hub"),),
         makes_workdir=True,
@@ -597,8 +611,22 @@ def stdout_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def set_environment(verb: str) -> None:
+    """Sets what the user has left open and says so; where the C library must see it, starts this command again."""
+    if verb not in ("train", "evaluate", "generate"):
+        return
+    gpu = environment.has_gpu(os.environ)
+    added = environment.for_gpu(os.environ) if gpu else environment.for_malloc(os.environ)
+    os.environ.update(added)
+    for name, value in added.items():
+        print(f"llm-jax: sets {name}={value}, since the environment does not", file=sys.stderr, flush=True)
+    if added and not gpu:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def entry() -> typing.NoReturn:
     """The command itself."""
+    set_environment(sys.argv[1] if len(sys.argv) > 1 else "")
     code = main()
     try:
         sys.stdout.flush()

@@ -8,15 +8,17 @@ import dataclasses
 import json
 import typing
 
-ACTIVATIONS = ("swiglu", "gelu")
+ATTENTIONS = ("auto", "reference", "splash", "cudnn", "blocks")
+ACTIVATIONS = ("swiglu", "geglu", "gelu")
 DTYPES = ("auto", "bfloat16", "float32")
-KINDS = ("dense", "moe")
+KINDS = ("dense", "local", "moe")
 LAYERS = ("auto", "scan", "unroll")
+MOMENT_DTYPES = ("float32", "bfloat16")
 NORMS = ("rmsnorm", "layernorm")
-NORM_PLACEMENTS = ("pre", "post")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+NORM_PLACEMENTS = ("pre", "post", "both")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 POSITIONS = ("rope", "learned", "sinusoidal")
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "gate", "feed_forward", "full")
 ROPE_SCALINGS = ("linear", "llama3")
 SPIKES = ("stop", "skip", "rewind")
 SCHEDULES = ("cosine", "wsd", "linear", "rsqrt", "constant")
@@ -34,11 +36,11 @@ class Model:
     num_heads: int = 8
     num_kv_heads: int | None = None  # None: as num_heads (no grouping)
     head_width: int | None = None  # None: width / num_heads
-    feed_forward_width: int | None = None  # None: 4 * width for gelu, 8/3 * width up to a multiple of 32 for swiglu
-    activation: str = "swiglu"  # swiglu | gelu
+    feed_forward_width: int | None = None  # None: 4 * width for gelu, 8/3 * width up to a multiple of 32 with a gate
+    activation: str = "swiglu"  # swiglu | geglu | gelu
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_epsilon: float = 1e-6
-    norm_placement: str = "pre"  # pre: before each layer | post: behind it, before the sum (OLMo 2)
+    norm_placement: str = "pre"  # pre: before each layer | post: behind it, before the sum (OLMo 2) | both (Gemma 2)
     position: str = "rope"  # rope | learned | sinusoidal
     rope_theta: float = 10_000.0
     rope_scaling: str | None = None  # frequencies for rows longer than those of the first training: linear (divided by
@@ -47,19 +49,30 @@ class Model:
     rope_low_turns: float = 1.0  # llama3: what turns less often in rope_original_length is divided,
     rope_high_turns: float = 4.0  # what turns more often stays, and between them is a line
     rope_original_length: int = 8192  # llama3: in tokens
-    window: int | None = None  # keys that a token sees, its own with them; None: all before it
+    local_rope_theta: float | None = None  # of local layers, unscaled (Gemma 3); None: as in the others
+    window: int | None = None  # keys that a token sees, its own with them; None: all before it. With local layers in
+    # the pattern: in those alone
+    score_width: int | None = None  # the scores of attention are divided by its square root; None: head_width
+    attention_soft_cap: float | None = None  # scores -> cap * tanh(scores / cap)
     use_bias: bool = False
     use_qkv_bias: bool = False  # of queries, keys and values alone (Qwen2); use_bias has them, too
     qk_norm: bool = False
     qk_norm_over_heads: bool = False  # over all heads together (OLMo 2), not each by itself
+    scale_embeddings: bool = False  # times sqrt(width)
     tie_embeddings: bool = False
     logit_soft_cap: float | None = None  # logits -> cap * tanh(logits / cap)
-    dtype: str = "auto"  # of the computation; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32
+    attention: str = "auto"  # what computes it: reference | splash (TPU) | cudnn (NVIDIA GPUs) | blocks (one CPU
+    # device); auto: the one of the platform, where it can serve. The run says which at start
+    # Of the computation; auto: bfloat16, but float32 on CPUs without AMX, of several devices, or before JAX 0.12.
+    # Parameters are float32.
+    dtype: str = "auto"
     layers: str = (
         "auto"  # scan: one compiled block | unroll: compiled one by one; auto: unroll on one CPU device (faster there)
     )
-    remat: str = "none"  # what the backward pass recomputes: none | dots (all but matmuls) | full
-    pattern: tuple[str, ...] = ("dense",)  # the layers, repeated: dense | moe (a mixture of experts); scanned together
+    remat: str = "none"  # what the backward pass recomputes: none | dots (all but matmuls) | gate (also the gate's) |
+    # feed_forward (also all of these layers) | full
+    pattern: tuple[str, ...] = ("dense",)  # the layers, repeated: dense | local (with a window) | moe (a mixture of
+    # experts); scanned together
     num_experts: int | None = None  # of each moe layer
     experts_per_token: int = 2  # how many of them a token goes to
     normalize_gates: bool = True  # the weights of those sum to 1, if there are several
@@ -103,12 +116,13 @@ class Data:
 class Optimizer:
     """An optax optimizer and its learning-rate schedule, which spans train.steps."""
 
-    name: str = "adamw"  # adamw | adafactor | lion | sgd
+    name: str = "adamw"  # adamw | adafactor | lion | sgd | muon (of the blocks' matrices; adamw of all else)
     peak_learning_rate: float = 3e-4
     schedule: str = "cosine"  # after the warm-up: cosine | wsd | linear | rsqrt | constant
     warmup_steps: int = 100
     decay_steps: int | None = None  # wsd only: length of the final linear decay; None: a tenth of train.steps
     final_fraction: float = 0.1  # of the peak, at the last step (cosine, linear, wsd)
+    moment_dtype: str = "float32"  # float32 | bfloat16: half the memory, for models that would not fit
     beta1: float = 0.9  # of adamw and lion; momentum of sgd
     beta2: float = 0.95  # of adamw and lion
     epsilon: float = 1e-8  # of adamw
@@ -248,6 +262,7 @@ def validate(config: Config) -> None:
 
     m, t, o = config.model, config.train, config.optimizer
     one_of("model.activation", m.activation, ACTIVATIONS)
+    one_of("model.attention", m.attention, ATTENTIONS)
     one_of("model.dtype", m.dtype, DTYPES)
     one_of("model.layers", m.layers, LAYERS)
     one_of("model.norm", m.norm, NORMS)
@@ -260,6 +275,7 @@ def validate(config: Config) -> None:
     for kind in m.pattern:
         one_of("model.pattern", kind, KINDS)
     one_of("optimizer.name", o.name, OPTIMIZERS)
+    one_of("optimizer.moment_dtype", o.moment_dtype, MOMENT_DTYPES)
     one_of("optimizer.schedule", o.schedule, SCHEDULES)
     one_of("spikes.action", config.spikes.action, SPIKES)
     one_of("tokenizer.kind", config.tokenizer.kind, TOKENIZERS)
@@ -275,7 +291,7 @@ def validate(config: Config) -> None:
         parallel__expert=config.parallel.expert, parallel__context=config.parallel.context,
         model__window=m.window, model__rope_original_length=m.rope_original_length, model__rope_factor=m.rope_factor,
         model__num_experts=m.num_experts, model__experts_per_token=m.experts_per_token,
-        model__expert_width=m.expert_width,
+        model__expert_width=m.expert_width, model__score_width=m.score_width,
         parallel__num_cpu_devices=config.parallel.num_cpu_devices, train__steps=t.steps,
         train__batch_size=t.batch_size, train__sequence_length=t.sequence_length, train__microbatches=t.microbatches,
         train__loss_chunk=t.loss_chunk, checkpoint__every=config.checkpoint.every,
@@ -299,6 +315,7 @@ def validate(config: Config) -> None:
     for field, value in {
         "model.norm_epsilon": m.norm_epsilon, "model.rope_theta": m.rope_theta,
         "model.rope_low_turns": m.rope_low_turns,
+        "model.local_rope_theta": m.local_rope_theta, "model.attention_soft_cap": m.attention_soft_cap,
         "model.logit_soft_cap": m.logit_soft_cap, "optimizer.peak_learning_rate": o.peak_learning_rate,
         "optimizer.epsilon": o.epsilon,
         "optimizer.clip_norm": o.clip_norm, "train.router_bias_rate": t.router_bias_rate,
@@ -356,7 +373,25 @@ def validate(config: Config) -> None:
             f"model.num_layers={m.num_layers} must be a multiple of the {len(m.pattern)} layers of model.pattern; try "
             f"{-(-m.num_layers // len(m.pattern)) * len(m.pattern)}",
         )
+        require(
+            not (m.scale_embeddings and m.position == "sinusoidal"),
+            "model.scale_embeddings=true has no effect with model.position='sinusoidal', which scales them, too; leave "
+            "it out",
+        )
+        require(
+            "local" not in m.pattern or m.window is not None,
+            f"model.pattern={m.pattern} has local layers, which need a window: set model.window",
+        )
+        require(
+            m.local_rope_theta is None or ("local" in m.pattern and m.position == "rope"),
+            f"model.local_rope_theta={m.local_rope_theta} has an effect only with local layers in model.pattern and "
+            "model.position='rope'",
+        )
         routed = "moe" in m.pattern
+        require(
+            not routed or m.activation != "geglu",
+            "model.activation='geglu' is not there for layers of the kind moe; use swiglu or gelu",
+        )
         require(
             routed == (m.num_experts is not None),
             f"model.num_experts={m.num_experts} and model.pattern={m.pattern} contradict each other: layers of the "
@@ -397,6 +432,16 @@ def validate(config: Config) -> None:
             config.checkpoint.keep_best is None or (evaluated is not None and saved % evaluated == 0),
             f"checkpoint.keep_best={config.checkpoint.keep_best} needs an evaluation at every save: checkpoint.every="
             f"{saved} must be a multiple of evaluate.every={evaluated}",
+        )
+        require(
+            o.moment_dtype == "float32" or o.name != "adafactor",
+            f"optimizer.moment_dtype={o.moment_dtype} has no effect with optimizer.name=adafactor, which keeps rows "
+            "and columns only; leave it out",
+        )
+        require(
+            o.moment_dtype == "float32" or max(o.beta1, o.beta2) <= 0.99,
+            f"optimizer.moment_dtype={o.moment_dtype} needs optimizer.beta1={o.beta1} and optimizer.beta2={o.beta2} of "
+            "at most 0.99: a moment that changes by less than 1/256 is rounded back to what it was",
         )
         require(
             o.decay_steps is None or o.schedule == "wsd",

@@ -13,6 +13,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiles in half the time, which is most of the time of the tests.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# As the command sets it, which would start itself again.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that is started from here.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import cases, packed, require_equal, sharded, value_and_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental import topologies
 from tiny_model import RULES, make_mesh
 
@@ -13,7 +16,6 @@ from llm_jax import config
 from llm_jax.kernels import attention as kernels
 from llm_jax.kernels.attention import (
     attention,
-    choose_implementation,
     reference_attention,
     splash_attention,
     supports_splash,
@@ -124,53 +126,13 @@ def test_zigzag_of_two_shards():
         zigzag(10, 2)
 
 
-def test_splash_runs_on_tpu_where_the_length_allows_it():
+def test_splash_runs_where_the_length_allows_it():
     assert supports_splash(length=128, length_shards=1) is None
     assert supports_splash(length=512, length_shards=2) is None
     assert "length=512 must be a multiple of 1024" in (supports_splash(length=512, length_shards=4) or "")
-    assert choose_implementation("tpu", length=2048, length_shards=2) == "splash"
-    assert choose_implementation("tpu", length=100, length_shards=1) == "reference"
-    assert choose_implementation("cpu", length=2048, length_shards=1) == "reference"
     q, k, v, segments = inputs(num_queries=100, num_keys=100, num_heads=4, num_kv_heads=2)
     with pytest.raises(ValueError, match="splash attention: length=100 must be a multiple of 128"):
         attention(q, k, v, segments_BT=segments, key_segments_BS=segments, implementation="splash", rules=RULES)
-
-
-def packed(*, batch, length, num_heads, num_kv_heads, head_width, order=None, dtype=jnp.float32):
-    """(q_BTNH, k_BSKH, v_BSKH), segments_BS, a weight of each result. Several documents a row, and padding behind."""
-    rng = np.random.default_rng(0)
-    q, weights = (rng.normal(size=(batch, length, num_heads, head_width)).astype(np.float32) for _ in range(2))
-    k, v = (rng.normal(size=(batch, length, num_kv_heads, head_width)).astype(np.float32) for _ in range(2))
-    segments = np.sort(rng.integers(1, 5, size=(batch, length)), axis=1).astype(np.int32)
-    segments[:, length - length // 5 :] = 0
-    weights *= (segments > 0)[:, :, None, None]
-    at = slice(None) if order is None else order
-    return [jnp.asarray(x[:, at], dtype) for x in (q, k, v)], segments[:, at], weights[:, at]
-
-
-def value_and_gradients(attend, arrays, segments, weights):
-    def total(q, k, v):
-        out_BTNH = attend(q, k, v, segments_BT=segments, key_segments_BS=segments)
-        return jnp.sum(out_BTNH.astype(jnp.float32) * weights), out_BTNH
-
-    gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
-    return [np.asarray(x, np.float64) for x in (out, *gradients)]
-
-
-def sharded(attend):
-    """`attend` of arrays that lie as it wants them, whatever they come as."""
-
-    def run(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, key_segments_BS):
-        spec, key_spec = RULES.spec("batch", "length", "heads", None), RULES.spec("batch", None, "heads", None)
-        out_BTNH = attend(
-            jax.reshard(q_BTNH, spec), jax.reshard(k_BSKH, key_spec), jax.reshard(v_BSKH, key_spec),
-            segments_BT=jax.reshard(segments_BT, jax.P(*spec[:2])),
-            key_segments_BS=jax.reshard(key_segments_BS, jax.P(*key_spec[:2])),
-        )  # fmt: skip
-        assert jax.typeof(out_BTNH).sharding.spec == jax.typeof(jax.reshard(q_BTNH, spec)).sharding.spec
-        return jax.reshard(out_BTNH, jax.P(None, None, None, None))
-
-    return run
 
 
 MESHES = {
@@ -197,14 +159,25 @@ def test_splash_equals_the_reference(name, monkeypatch):
                 np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("head_width", [64, 128])
-def test_splash_in_bfloat16(head_width):
-    row = packed(batch=1, length=256, num_heads=2, num_kv_heads=1, head_width=head_width, dtype=jnp.bfloat16)
-    exact = [np.asarray(x, np.float32) for x in row[0]]
-    expected = value_and_gradients(reference_attention, exact, *row[1:])
-    splash = sharded(functools.partial(splash_attention, rules=RULES, interpret=True))
-    for got, want in zip(value_and_gradients(splash, *row), expected, strict=True):
-        np.testing.assert_allclose(got, want, atol=3 * 2**-8 * np.abs(want).max())  # bfloat16 keeps 8 bits
+def equals_the_reference(case):
+    splash = functools.partial(splash_attention, window=case.window, rules=RULES, interpret=True)
+    require_equal(case, sharded(splash), functools.partial(reference_attention, window=case.window))
+
+
+SPLASH = cases(lengths=st.sampled_from([128, 256]), head_widths=st.sampled_from([16, 64, 128]))
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(SPLASH)
+def test_splash_of_any_documents(case):
+    equals_the_reference(case)
+
+
+@pytest.mark.soak
+@settings(max_examples=20, deadline=None)
+@given(SPLASH)
+def test_splash_of_many_documents(case):
+    equals_the_reference(case)
 
 
 def test_splash_where_a_query_sees_no_key():

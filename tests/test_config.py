@@ -75,7 +75,7 @@ def test_config_has_the_published_size(name, published):
         ("optimizer", "warmup_steps", 1000, "optimizer.warmup_steps=1000 must be less than train.steps=1000"),
         ("optimizer", "decay_steps", 10, "has an effect only with optimizer.schedule=wsd"),
         ("model", "pattern", (), "model.pattern is empty"),
-        ("model", "pattern", ("dense", "sparse"), "model.pattern='sparse' must be one of dense, moe"),
+        ("model", "pattern", ("dense", "sparse"), "model.pattern='sparse' must be one of dense, local, moe"),
         ("model", "pattern", ("moe",), "model.num_experts=None and model.pattern=('moe',) contradict each other"),
         ("model", "pattern", ("dense",) * 4, "model.num_layers=6 must be a multiple of the 4 layers"),
         ("train", "router_bias_rate", 0.1, "has an effect only on layers of the kind moe"),

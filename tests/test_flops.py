@@ -79,7 +79,8 @@ def test_keys_of_a_window(window):
     """The mean over all queries, where a key at the edge of what is seen counts half, as the diagonal does."""
     t, s = np.arange(64)[:, None], np.arange(64)[None]
     seen = np.where((s < t) & (s > t - window), 1.0, 0) + np.where((s == t) | (s == t - window), 0.5, 0)
-    assert mean_keys(64, window) == seen.sum() / 64
+    assert mean_keys(64, (window,)) == seen.sum() / 64
+    assert mean_keys(64, (window, None, None)) == pytest.approx((seen.sum() / 64 + 64) / 3)
 
 
 def test_experts_count_as_often_as_a_token_meets_them():

@@ -38,15 +38,18 @@ SIZES = dict(
     num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0,
     pad_token_id=None,
 )  # fmt: skip
+FLOAT32 = "--config.model.dtype=float32"
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
 LINEAR = dict(rope_type="linear", rope_theta=500.0, factor=4.0)
+GEMMA3_ROPE = {"full_attention": LINEAR, "sliding_attention": dict(rope_type="default", rope_theta=50.0)}
+UNEVEN = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 NAMES = {
     "gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2",
-    "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe",
+    "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "gemma2": "Gemma2", "gemma3": "Gemma3Text",
 }  # fmt: skip
 MODELS = {
     "gpt2": dict(
@@ -64,6 +67,15 @@ MODELS = {
     "mixtral": SIZES | dict(num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": SIZES | EXPERTS | dict(norm_topk_prob=True),
     "qwen3_moe raw": SIZES | EXPERTS | dict(norm_topk_prob=False),
+    "gemma2": SIZES | dict(
+        num_hidden_layers=4, sliding_window=7, query_pre_attn_scalar=24, attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma3": SIZES | dict(
+        num_hidden_layers=6, sliding_window=7, query_pre_attn_scalar=16, rope_parameters=GEMMA3_ROPE,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
+    "gemma3 uneven": SIZES | dict(num_hidden_layers=5, sliding_window=7, layer_types=UNEVEN),  # as 1B, 4B and 27B
     "olmoe": {k: v for k, v in SIZES.items() if k != "head_dim"} | dict(num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
@@ -139,14 +151,18 @@ LENGTHS = [[1], [13], [64], [5, 17, 40]]
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_equal_both_ways(name, main, tmp_path, capsys):
     theirs = make_theirs(name, tmp_path / "theirs")
-    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}")
+    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}", FLOAT32)
     main("export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'exported'}")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
     assert type(back) is type(theirs)
+    assert back.config.max_position_embeddings == theirs.config.max_position_embeddings
     expected, found = theirs.state_dict(), back.state_dict()
     assert expected.keys() == found.keys()
     for tensor in expected:
-        assert torch.equal(expected[tensor], found[tensor]), tensor
+        if "gemma" in name and "norm" in tensor:  # kept as 1 + this, in float32
+            torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=1.2e-7)
+        else:
+            assert torch.equal(expected[tensor], found[tensor]), tensor
     worst = 0.0
     with jax.set_mesh(make_mesh()):
         ours = our_model(tmp_path / "run")
@@ -161,10 +177,10 @@ def test_logits_are_equal_both_ways(name, main, tmp_path, capsys):
     assert worst < 1e-4
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_gradients_are_equal(name, main, tmp_path):
     theirs = make_theirs(name, tmp_path / "theirs")
-    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}")
+    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}", FLOAT32)
     tokens_BU = np.random.default_rng(0).integers(1, 300, size=(4, 33)).astype(np.int32)
     positions_BU = np.broadcast_to(np.arange(33, dtype=np.int32), tokens_BU.shape)
     batch = {"tokens": tokens_BU, "segments": np.ones_like(tokens_BU), "positions": positions_BU}
@@ -180,17 +196,18 @@ def test_gradients_are_equal(name, main, tmp_path):
     their_loss = theirs(tokens, labels=tokens).loss
     their_loss.backward()
     assert float(loss) == pytest.approx(their_loss.item(), abs=1e-5)
-    family = FAMILIES[name]
+    rows = {row.ours: row for row in FAMILIES[name].tensors}
     sizes, parameters = ours.shape.letters(), dict(theirs.named_parameters())
-    found = named_leaves(gradients)
-    assert found.keys() <= {row.ours for row in family.tensors}
-    for row in family.tensors:
-        if row.ours not in found:
-            continue
-        for layer, _ in weights._places(row, sizes):
+    places = len(ours.shape.pattern)
+    for parameter, mine in named_leaves(gradients).items():
+        place = int(parameter.split("/")[1]) if places > 1 and parameter.startswith("blocks/") else 0
+        row = rows[parameter.replace(f"blocks/{place}/", "blocks/")]
+        per_layer = [(None, np.asarray(mine))]
+        if "{L}" in row.theirs:
+            per_layer = [(place + places * i, gradient) for i, gradient in enumerate(np.asarray(mine))]
+        for layer, gradient in per_layer:
             expected = weights.from_theirs(parameters[row.theirs.format(L=layer)].grad.numpy(), row, sizes)
-            mine = np.asarray(found[row.ours])
-            np.testing.assert_allclose(mine if layer is None else mine[layer], expected, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5, err_msg=parameter)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -252,7 +269,7 @@ def test_training_goes_on_from_an_imported_model(main, tiny, tmp_path, monkeypat
         monkeypatch.setenv(name, tiny.environment[name])
     theirs = make_theirs("llama 3", tmp_path / "theirs")
     work = tmp_path / "run"
-    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={work}", num_devices=2)
+    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={work}", FLOAT32, num_devices=2)
     assert json.loads((work / "imported.json").read_text())["family"] == "llama"
     main("generate", f"--workdir={work}", "--prompt=The", "--max_tokens=4", "--temperature=0")
     capsys.readouterr()
@@ -301,7 +318,7 @@ def test_bfloat16_is_kept_and_large_models_come_in_several_files(main, tmp_path,
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     make_tokenizer().save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "theirs" / weights.INDEX).exists()
-    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}", num_devices=4)
+    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}", FLOAT32, num_devices=4)
     monkeypatch.setattr(weights, "BYTES_PER_FILE", 30_000)
     main("export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}", "--bfloat16", num_devices=2)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
@@ -319,7 +336,7 @@ def test_gpt2_as_on_the_hub(main, tmp_path):
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(3)}
     safetensors_torch.save_file(tensors, file)
     (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"model_max_length": 64}')
-    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}")
+    main("import", f"--from={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}", FLOAT32)
     with jax.set_mesh(make_mesh()):
         mine, wanted = logits_of_both(our_model(tmp_path / "run"), theirs, [7])
     np.testing.assert_allclose(mine, wanted, atol=1e-4)
@@ -398,11 +415,51 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, capsys, main):
     assert "no tokenizer.json" in attempt(lambda folder: (folder / "tokenizer.json").unlink())
     assert "is no folder" in refused(capsys, "import", "--from=./nowhere", f"--workdir={tmp_path / 'run'}")
     assert "import needs --from" in refused(capsys, "import", f"--workdir={tmp_path / 'run'}")
-    main("import", f"--from={good}", f"--workdir={tmp_path / 'run'}")
+    main("import", f"--from={good}", f"--workdir={tmp_path / 'run'}", FLOAT32)
     assert "holds a run already" in refused(capsys, "import", f"--from={good}", f"--workdir={tmp_path / 'run'}")
     capsys.readouterr()
     assert cli.main(["train", f"--workdir={tmp_path / 'run'}", "--config.model.rope_theta=5"]) == 78
     assert "model.rope_theta: 10000.0 there, 5.0 now" in capsys.readouterr().err
+
+
+GEMMA = dict(num_hidden_layers=12, hidden_size=32, num_attention_heads=2, head_dim=256, intermediate_size=64)
+
+
+@pytest.mark.parametrize(
+    "family, fields, message",
+    [
+        (
+            "gemma2",
+            {"hidden_activation": "gelu"},
+            "hidden_activation='gelu' is not supported, only 'gelu_pytorch_tanh'",
+        ),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 12}, "layer_types='chunked_attention' is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": LINEAR}}, "rope_type='linear' is not supported"),
+    ],
+)
+def test_what_gemma_does_not_compute_here_is_refused(family, fields, message):
+    assert FAMILIES[family].read(GEMMA).pattern == ("local",) * (1 if family == "gemma2" else 5) + ("dense",)
+    with pytest.raises(UserError) as error:
+        FAMILIES[family].read(GEMMA | fields)
+    assert message in str(error.value)
+
+
+def test_gemma_3_as_its_files_were_first_written():
+    """No layer_types, RoPE in three fields; most others may be left out."""
+    old = dict(rope_theta=1_000_000, rope_local_base_freq=10_000, rope_scaling={"factor": 8.0, "rope_type": "linear"})
+    m = FAMILIES["gemma3_text"].read(GEMMA | old | {"sliding_window": 1024, "sliding_window_pattern": 6})
+    assert (m.rope_theta, m.local_rope_theta, m.rope_scaling, m.rope_factor) == (1e6, 1e4, "linear", 8.0)
+    assert (m.window, m.tie_embeddings, m.score_width, m.logit_soft_cap) == (1024, True, None, None)
+    assert m == FAMILIES["gemma3_text"].read(GEMMA | {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e6, "factor": 8.0, "rope_type": "linear"},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+        "sliding_window": 1024,
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize(

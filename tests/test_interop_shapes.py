@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny_model import FAST, LENGTH, VOCAB_SIZE, make_mesh, make_model, packed_rows, put
+from tiny_model import FAST, LENGTH, VOCAB_SIZE, make_mesh, make_model, model_maker, packed_rows, put
 
 from llm_jax.config import Config, Model, UserError, validate
 from llm_jax.kernels.attention import reference_attention, splash_attention, zigzag
@@ -15,12 +15,27 @@ from llm_jax.model import decoding
 from llm_jax.model.decoding import Sampling
 from llm_jax.model.position import RopeScaling
 from llm_jax.parallel.sharding import Rules
+from llm_jax.plan import costs
 from llm_jax.safety.structure import named_leaves
 
-SMALL = dict(num_layers=2, width=32, num_heads=8, num_kv_heads=4, head_width=8)
+SMALL = dict(num_layers=2, width=32, num_heads=8, num_kv_heads=4, head_width=8, dtype="float32")
 MODELS = {
     "window": Model(**SMALL, window=5),
     "olmo2": Model(**SMALL, norm_placement="post", qk_norm=True, qk_norm_over_heads=True),
+    "gemma2": Model(
+        **SMALL,
+        pattern=("local", "dense"),
+        window=5,
+        activation="geglu",
+        norm_placement="both",
+        scale_embeddings=True,
+        tie_embeddings=True,
+        score_width=5,
+        attention_soft_cap=0.5,
+    ),
+    "gemma3": Model(
+        **SMALL, pattern=("local", "dense"), window=5, rope_scaling="linear", local_rope_theta=20.0, qk_norm=True
+    ),
     "qwen2": Model(**SMALL, use_qkv_bias=True),
     "olmoe": Model(**SMALL, pattern=("moe",), num_experts=4, expert_width=16, normalize_gates=False),
 }
@@ -44,6 +59,17 @@ def test_rope_scaling_by_wavelengths():
     np.testing.assert_allclose(RopeScaling(factor=4.0)(frequency), frequency / 4)
 
 
+def test_a_soft_cap_bends_the_scores():
+    q, k, v, segments = rows(12)
+    with jax.set_mesh(make_mesh()):
+        found = reference_attention(q, k, v, segments_BT=segments, key_segments_BS=segments, soft_cap=0.3)
+    for b, t, n in np.ndindex(2, 12, 2):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = 0.3 * np.tanh(np.array([q[b, t, n] @ k[b, s, n] for s in seen]) / math.sqrt(8) / 0.3)
+        weights = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(found[b, t, n], weights @ np.stack([v[b, s, n] for s in seen]), rtol=1e-4, atol=1e-5)
+
+
 def rows(length: int, heads: int = 2, width: int = 8):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, length, heads, width)).astype(np.float32) for _ in range(3))
@@ -64,8 +90,8 @@ def test_a_window_equals_a_loop_over_its_keys(window):
         np.testing.assert_allclose(found[b, t, n], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("context", [1, 2])
-def test_splash_has_the_same_window(context):
+@pytest.mark.parametrize("context, soft_cap", [(1, 2.0), (2, None)])
+def test_splash_has_the_same_window_and_soft_cap(context, soft_cap):
     q, k, v, segments = rows(512, width=128)
     mesh, names = make_mesh(context=context), Rules()
     order = zigzag(512, 2) if context > 1 else None
@@ -80,11 +106,10 @@ def test_splash_has_the_same_window(context):
         )
         q_BTNH = place(q[:, at], "batch", "length", "heads", None)
         k_BSKH, v_BSKH = (place(x[:, at], "batch", None, "heads", None) for x in (k, v))
-        expected = reference_attention(q_BTNH, k_BSKH, v_BSKH, **arguments, order=order, window=100)
-        found = splash_attention(
-            q_BTNH, k_BSKH, v_BSKH, **arguments, order=order, window=100, rules=names, interpret=True
-        )
-        full = reference_attention(q_BTNH, k_BSKH, v_BSKH, **arguments, order=order)
+        arguments |= dict(order=order, soft_cap=soft_cap)
+        expected = reference_attention(q_BTNH, k_BSKH, v_BSKH, **arguments, window=100)
+        found = splash_attention(q_BTNH, k_BSKH, v_BSKH, **arguments, window=100, rules=names, interpret=True)
+        full = reference_attention(q_BTNH, k_BSKH, v_BSKH, **arguments)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert np.abs(np.asarray(full) - np.asarray(expected)).max() > 0.1
 
@@ -136,6 +161,13 @@ def test_cached_decoding_equals_the_full_forward_pass(name):
             assert np.argmax(found, axis=-1)[0, length - 1 : -1].tolist() == new[row].tolist()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_planner_counts_the_same_parameters(name):
+    with jax.set_mesh(make_mesh()):
+        model = jax.eval_shape(model_maker(MODELS[name]))
+    assert costs.parameter_count(model.shape) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
+
+
 def test_a_token_sees_as_far_as_windows_reach():
     """Over two layers, twice window - 1 tokens back, and no further."""
     mesh = make_mesh()
@@ -159,7 +191,12 @@ def test_a_token_sees_as_far_as_windows_reach():
         ({"rope_scaling": "yarn"}, "model.rope_scaling='yarn' must be one of linear, llama3"),
         ({"rope_low_turns": 4.0}, "model.rope_low_turns=4.0 must be less than model.rope_high_turns=4.0"),
         ({"window": 0}, "model.window=0 must be at least 1"),
-        ({"norm_placement": "both"}, "model.norm_placement='both' must be one of pre, post"),
+        ({"norm_placement": "around"}, "model.norm_placement='around' must be one of pre, post, both"),
+        ({"pattern": ("local", "dense")}, "has local layers, which need a window: set model.window"),
+        ({"local_rope_theta": 9.0, "window": 4}, "model.local_rope_theta=9.0 has an effect only with local layers"),
+        ({"attention_soft_cap": 0.0}, "model.attention_soft_cap=0.0 must be a positive number"),
+        ({"scale_embeddings": True, "position": "sinusoidal"}, "model.scale_embeddings=true has no effect with"),
+        ({"pattern": ("moe",), "num_experts": 4, "activation": "geglu"}, "'geglu' is not there for layers of the kind"),
         ({"use_bias": True, "use_qkv_bias": True}, "model.use_qkv_bias=true has no effect with model.use_bias=true"),
         ({"qk_norm_over_heads": True}, "model.qk_norm_over_heads=true has an effect only with model.qk_norm=true"),
         ({"normalize_gates": False}, "model.normalize_gates=false has an effect only on layers of the kind moe"),

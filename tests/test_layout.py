@@ -14,7 +14,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"flags"},
+    {"flags", "environment"},
     {"jobs"},
     {"plan", "report"},
     {"interop"},

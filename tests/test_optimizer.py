@@ -1,6 +1,8 @@
 """Optimizers against numpy, and schedules against values computed by hand."""
 
+import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,3 +174,160 @@ def test_adafactor_keeps_rows_and_columns_and_descends():
         for moments in (factored.v_row, factored.v_col, factored.v)
     )
     assert (rows, columns, full) == ((2, 32), (2, 96), (1,))
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonal(matrix):
+    """Newton-Schulz as in https://kellerjordan.github.io/posts/muon, of one matrix."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / np.linalg.norm(x)
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def muon(gradients):
+    """Updates of one matrix: of momentum with a look ahead, both without the bias of their start."""
+    momentum = 0.0
+    for t, g in enumerate(gradients, start=1):
+        momentum = 0.95 * momentum + 0.05 * g
+        ahead = 0.95 * momentum / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+        yield 0.2 * math.sqrt(max(g.shape)) * orthogonal(ahead)
+
+
+ROWS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}  # dimensions that make the rows
+MIXTURE = config.Model(
+    num_layers=2, width=32, num_heads=4, pattern=("dense", "moe"), num_experts=3, use_bias=True, dtype="float32"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [LLAMA, MIXTURE], ids=["llama", "mixture"])
+def test_muon_equals_numpy_matrix_by_matrix(model):
+    """Of each layer, and each expert; embeddings, head, routers, norms and biases are AdamW's."""
+    settings = config.Optimizer(
+        name="muon", peak_learning_rate=RATE, schedule="constant", warmup_steps=0, clip_norm=None, weight_decay=0.3
+    )
+    optimizer = make_optimizer(settings, total_steps=2)
+    parameters = random_like(abstract(model), seed=0)
+    gradients = [random_like(parameters, seed=seed) for seed in (1, 2)]
+    state, updates = optimizer.init(parameters), []
+    update = jax.jit(optimizer.update, compiler_options=FAST)
+    for step, gradient in enumerate(gradients):
+        made, state = update(gradient, state, parameters, step=step)
+        updates.append(named_leaves(made))
+    orthogonalized = 0
+    for path, value in named_leaves(parameters).items():
+        name = path.split("/")[-1]
+        history = [np.asarray(named_leaves(gradient)[path], np.float64) for gradient in gradients]
+        if name not in ROWS:
+            expected = list(adamw(history, settings))
+        else:
+            stack = 2 if name.startswith("w_") and value.ndim == 4 else 1  # layers, and experts
+            rows = math.prod(value.shape[stack : stack + ROWS[name]])
+            stacked = [g.reshape(math.prod(value.shape[:stack]), rows, -1) for g in history]
+            by_matrix = [list(muon(matrices)) for matrices in zip(*stacked, strict=True)]
+            expected = [np.stack(matrices).reshape(value.shape) for matrices in zip(*by_matrix, strict=True)]
+            orthogonalized += len(by_matrix)
+        decay = 0.3 if named_leaves(is_matrix(parameters))[path] else 0.0
+        for got, direction in zip(updates, expected, strict=True):
+            wanted = -RATE * (direction + decay * np.asarray(value))
+            np.testing.assert_allclose(got[path], wanted, rtol=1e-3, atol=1e-4, err_msg=path)
+    # LLAMA: 7 matrices in each of 2 layers; MIXTURE: 4 of attention in each, 3 of one layer, and of 3 experts
+    assert orthogonalized == {2: 14, 1: 8 + 3 + 9}[2 if model is LLAMA else 1]
+
+
+def test_muon_makes_all_directions_of_a_matrix_about_equal():
+    parameters = random_like(abstract(LLAMA), seed=0)
+    optimizer = make_optimizer(config.Optimizer(name="muon", peak_learning_rate=1.0, warmup_steps=0, weight_decay=0), 9)
+    update = jax.jit(optimizer.update, compiler_options=FAST)
+    update, _ = update(parameters, optimizer.init(parameters), parameters, step=0)
+    for layer in range(2):
+        before = np.linalg.svd(np.asarray(parameters.blocks.feed_forward.w_up[...])[layer], compute_uv=False)
+        values = np.linalg.svd(np.asarray(update.blocks.feed_forward.w_up[...])[layer], compute_uv=False)
+        values /= 0.2 * math.sqrt(96)  # [32, 96]
+        assert before.max() / before.min() > 3 and 0.6 < values.min() < values.max() < 1.3
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "model, sizes",
+    [(LLAMA, dict(fsdp=2, tensor=2)), (MIXTURE, dict(fsdp=2, expert=3))],
+    ids=["llama", "mixture"],
+)
+def test_muon_on_a_mesh(model, sizes):
+    """Updates and momentum are sharded as the parameters, whose sharding changes no number."""
+    model = dataclasses.replace(model, width=48, head_width=8)  # divides
+    optimizer = make_optimizer(config.Optimizer(name="muon", peak_learning_rate=RATE, warmup_steps=0), 5)
+
+    def first_update():
+        parameters = model_maker(model)()
+        gradient = jax.tree.map(lambda leaf: jnp.sin(100 * leaf), parameters)
+        update, state = optimizer.update(gradient, optimizer.init(parameters), parameters, step=0)
+        return update, state[1].inner_states["muon"].inner_state.mu, parameters
+
+    made = []
+    for mesh in (make_mesh(), make_mesh(**sizes)):
+        with jax.set_mesh(mesh):
+            update, momentum, parameters = map(named_leaves, jax.jit(first_update, compiler_options=FAST)())
+        for path, leaf in [*update.items(), *momentum.items()]:
+            assert leaf.sharding.spec == parameters[path].sharding.spec, path
+        made.append({path: np.asarray(leaf) for path, leaf in update.items()})
+    for path, value in made[0].items():
+        np.testing.assert_allclose(made[1][path], value, rtol=2e-3, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "muon", *(pytest.param(name, marks=pytest.mark.soak) for name in ("lion", "sgd"))]
+)
+def test_moments_in_bfloat16(name):
+    """Half the bytes, and updates that differ by the rounding of what was kept: the first not at all."""
+    parameters = random_like(abstract(LLAMA), seed=0)
+    gradients = [random_like(parameters, seed=seed) for seed in (1, 2, 3)]
+    made, sizes = [], []
+    for dtype in ("float32", "bfloat16"):
+        settings = config.Optimizer(name=name, moment_dtype=dtype, warmup_steps=0, clip_norm=None, peak_learning_rate=1)
+        optimizer = make_optimizer(settings, 5)
+        state = optimizer.init(parameters)
+        updates = []
+        for step, gradient in enumerate(gradients):
+            update, state = jax.jit(optimizer.update, compiler_options=FAST)(gradient, state, parameters, step=step)
+            updates.append(named_leaves(update))
+        made.append(updates)
+        moments = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= 8]  # not counts and coefficients
+        assert {str(leaf.dtype) for leaf in moments} == {dtype}
+        sizes.append(sum(leaf.nbytes for leaf in moments))
+    assert sizes[0] == 2 * sizes[1]
+    for step, (exact, rounded) in enumerate(zip(*made, strict=True)):
+        for path, value in exact.items():
+            error = np.linalg.norm(rounded[path] - value) / np.linalg.norm(value)
+            assert error <= (0.2 if name == "lion" else 0.02) if step else error == 0, (path, step, error)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"beta2": 0.999}, "optimizer.beta2=0.999 of at most 0.99: a moment that changes by less than 1/256"),
+        ({"name": "adafactor"}, "has no effect with optimizer.name=adafactor"),
+        ({"moment_dtype": "float16"}, "optimizer.moment_dtype='float16' must be one of float32, bfloat16"),
+    ],
+)
+def test_moments_that_bfloat16_cannot_hold_are_refused(settings, message):
+    optimizer = config.Optimizer(**{"moment_dtype": "bfloat16"} | settings)
+    with pytest.raises(config.UserError, match=re.escape(message)):
+        config.validate(config.Config(optimizer=optimizer))
+
+
+def test_moments_in_bfloat16_fade_at_the_largest_beta_allowed():
+    """At 0.999 they would stay for ever: what is taken off is less than half of their last place."""
+    settings = config.Optimizer(moment_dtype="bfloat16", beta1=0.99, beta2=0.99, warmup_steps=0, clip_norm=None)
+    optimizer, parameters = make_optimizer(settings, 5), random_like(abstract(LLAMA), seed=0)
+    update, kept = jax.jit(optimizer.update, compiler_options=FAST), []
+    state = optimizer.init(parameters)
+    for step, gradient in enumerate((parameters, jax.tree.map(jnp.zeros_like, parameters))):
+        _, state = update(gradient, state, parameters, step=step)
+        kept.append([np.abs(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves((state[1].mu, state[1].nu))])
+    assert all((after < before).all() for before, after in zip(*kept, strict=True))

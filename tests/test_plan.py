@@ -69,7 +69,7 @@ def test_search(plan):
 def test_too_large_is_an_answer(plan):
     flags = ("--topology=v5e:4x4", "--config.train.batch_size=1024")
     code, out, _ = plan(*flags)
-    assert code == 0 and "DOES NOT FIT" in out and "most is the layer in work" in out
+    assert code == 0 and "DOES NOT FIT" in out and "most is activations kept" in out
     assert "--config.train.microbatches=" in out and "--topology=v5e:" in out
     result = json.loads(plan(*flags, "--json")[1])
     assert not result["fits"]
@@ -99,7 +99,7 @@ def test_slices_and_gpus(plan):
         (("--topology=v5e:4x4", "--config.parallel.fsdp=3"), "parallel.fsdp"),
         (("--topology=v5e:4x4", "--config.parallel.tensor=3"), "nearest mesh"),
         (("--topology=v5e:4x4", "--slices=2"), "parallel.replica=2"),
-        (("--topology=v5e:4x4", "--config.train.batch_size=24"), "train.batch_size=24"),
+        (("--topology=v5e:4x4", "--config.train.batch_size=24"), "train.batch_size / train.microbatches=12"),
         (("--topology=v5e:4x4", "--slices=0"), "slices"),
         (("--topology=h100:8", "--compile"), "leave --compile out"),
     ],

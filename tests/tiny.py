@@ -5,7 +5,7 @@ from llm_jax.config import Checkpoint, Config, Data, Evaluate, Log, Model, Optim
 
 def get_config() -> Config:
     return Config(
-        model=Model(num_layers=2, width=32, num_heads=4, num_kv_heads=2),
+        model=Model(num_layers=2, width=32, num_heads=4, num_kv_heads=2, dtype="float32"),
         tokenizer=Tokenizer(vocab_size=400, train_bytes=100_000),
         data=Data(sources=(Source(name="tiny", weight=0.75), Source(name="other", weight=0.25))),
         optimizer=Optimizer(peak_learning_rate=1e-2, warmup_steps=4),

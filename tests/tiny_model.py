@@ -8,25 +8,26 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import config
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel import sharding
-from llm_jax.training.state import compute_dtype, model_shape
+from llm_jax.training.state import model_shape
 
 VOCAB_SIZE = 64
 LENGTH = 32
 RULES = sharding.Rules()
 FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time, which is most of the time of these tests
 
-LLAMA = config.Model(num_layers=2, width=32, num_heads=8, num_kv_heads=4, head_width=8, qk_norm=True)
+LLAMA = config.Model(num_layers=2, width=32, num_heads=8, num_kv_heads=4, head_width=8, qk_norm=True, dtype="float32")
 GPT2 = config.Model(
     num_layers=2, width=32, num_heads=4, activation="gelu", norm="layernorm", norm_epsilon=1e-5, position="learned",
-    use_bias=True, tie_embeddings=True, logit_soft_cap=5.0,
+    use_bias=True, tie_embeddings=True, logit_soft_cap=5.0, dtype="float32",
 )  # fmt: skip
 SINUSOIDAL = config.Model(
-    num_layers=2, width=32, num_heads=4, norm="layernorm", position="sinusoidal", activation="gelu"
+    num_layers=2, width=32, num_heads=4, norm="layernorm", position="sinusoidal", activation="gelu", dtype="float32"
 )
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "sinusoidal": SINUSOIDAL}
 
@@ -42,7 +43,7 @@ def model_maker(
 ) -> Callable[[], Transformer]:
     """To be called, or evaluated as shapes, under a mesh."""
     shape = model_shape(model, vocab_size=vocab_size, sequence_length=length)
-    dtype = compute_dtype(model, "cpu")
+    dtype = jnp.dtype(model.dtype)
     return lambda: Transformer(
         shape, attention="reference", dtype=dtype, unroll=unroll, remat=remat, rounds=1, rules=RULES,
         key=jax.random.key(seed),

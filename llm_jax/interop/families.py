@@ -22,6 +22,7 @@ class Tensor:
     theirs: str | None  # None: zeros, which other libraries do not have
     their_dims: str = ""
     part: int = 0  # of the 3 that are one tensor of theirs
+    plus: int = 0  # ours is theirs plus this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,12 @@ NORMS = rows(
     ("blocks/feed_forward_norm/scale", "D", f"{LAYER}.post_attention_layernorm.weight", "D"),
 )
 NORMS_BEHIND = rows(
-    ("blocks/attention_norm/scale", "D", f"{LAYER}.post_attention_layernorm.weight", "D"),
-    ("blocks/feed_forward_norm/scale", "D", f"{LAYER}.post_feedforward_layernorm.weight", "D"),
+    ("blocks/attention_out_norm/scale", "D", f"{LAYER}.post_attention_layernorm.weight", "D"),
+    ("blocks/feed_forward_out_norm/scale", "D", f"{LAYER}.post_feedforward_layernorm.weight", "D"),
+)
+NORMS_BEFORE = rows(
+    ("blocks/attention_norm/scale", "D", f"{LAYER}.input_layernorm.weight", "D"),
+    ("blocks/feed_forward_norm/scale", "D", f"{LAYER}.pre_feedforward_layernorm.weight", "D"),
 )
 SWIGLU = rows(
     ("blocks/feed_forward/w_gate", "D F", f"{LAYER}.mlp.gate_proj.weight", "F D"),
@@ -88,6 +93,10 @@ MIXTRAL_EXPERTS = rows(
     ("blocks/feed_forward/w_gate", "E D F", f"{LAYER}.block_sparse_moe.experts.{{E}}.w1.weight", "F D"),
     ("blocks/feed_forward/w_up", "E D F", f"{LAYER}.block_sparse_moe.experts.{{E}}.w3.weight", "F D"),
     ("blocks/feed_forward/w_down", "E F D", f"{LAYER}.block_sparse_moe.experts.{{E}}.w2.weight", "D F"),
+)
+GEMMA = tuple(
+    dataclasses.replace(row, plus=1) if row.ours.endswith("/scale") else row
+    for row in EMBEDDINGS + NORMS_BEFORE + NORMS_BEHIND + HEAD_NORMS + ATTENTION + SWIGLU
 )
 GPT2_LAYER = "transformer.h.{L}"
 GPT2 = rows(
@@ -150,8 +159,13 @@ def write_gpt2(m: Model, s: Shape) -> dict:
 
 
 def read_llama(c: dict, **others: Any) -> Model:
-    """What all families but GPT-2 have in common; others: fields of the family's own."""
-    refuse_others(c, hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), partial_rotary_factor=(1.0,))
+    """What all families but GPT-2 and Gemma have in common; others: fields of the family's own."""
+    refuse_others(c, hidden_act=("silu",))
+    return read_decoder(c, **others)
+
+
+def read_decoder(c: dict, **others: Any) -> Model:
+    refuse_others(c, attention_bias=(False,), mlp_bias=(False,), partial_rotary_factor=(1.0,))
     heads, width = c["num_attention_heads"], c["hidden_size"]
     return Model(**{
         "num_layers": c["num_hidden_layers"],
@@ -300,6 +314,68 @@ def read_olmoe(c: dict) -> Model:
     )
 
 
+def read_gemma2(c: dict) -> Model:
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | c
+    return read_gemma(caps, every=2, attention_soft_cap=caps["attn_logit_softcapping"])
+
+
+def write_gemma2(m: Model, s: Shape) -> dict:
+    return write_gemma(m, s) | {"attn_logit_softcapping": m.attention_soft_cap}
+
+
+def read_gemma3(c: dict) -> Model:
+    refuse_others(c, attn_logit_softcapping=(None,))
+    rope = c.get("rope_parameters") or {}
+    others = read_rope({"rope_theta": 1e6} | c | {"rope_parameters": rope.get("full_attention")})
+    local = {"rope_theta": c.get("rope_local_base_freq", 10_000.0)} | rope.get("sliding_attention", {})
+    refuse_others(local, rope_type=("default",), partial_rotary_factor=(1.0,))
+    theta = {"rope_theta": float(local["rope_theta"])}
+    others["local_rope_theta"] = None if others == theta else theta["rope_theta"]
+    return read_gemma(c, every=c.get("sliding_window_pattern", 6), qk_norm=True, **others)
+
+
+def write_gemma3(m: Model, s: Shape) -> dict:
+    return write_gemma(m, s) | {"rope_local_base_freq": m.local_rope_theta or m.rope_theta}
+
+
+def read_gemma(c: dict, *, every: int, **others: Any) -> Model:
+    """every: of so many layers one sees all keys, if layer_types does not say which do."""
+    refuse_others(c, hidden_activation=("gelu_pytorch_tanh",), use_bidirectional_attention=(False, None))
+    kinds = {"sliding_attention": "local", "full_attention": "dense"}
+    count, head_width = c["num_hidden_layers"], c.get("head_dim", 256)
+    types = c.get("layer_types") or [list(kinds)[i % every == every - 1] for i in range(count)]
+    for kind in types:
+        refuse_others({"layer_types": kind}, layer_types=tuple(kinds))
+    layers = tuple(kinds[kind] for kind in types)
+    repeated = min(n for n in range(1, count + 1) if layers == layers[:n] * (count // n))
+    score_width = c.get("query_pre_attn_scalar", 256)
+    return read_decoder(
+        c,
+        head_width=head_width,
+        activation="geglu",
+        norm_placement="both",
+        window=c.get("sliding_window", 4096) if "local" in layers else None,
+        score_width=None if score_width == head_width else score_width,
+        scale_embeddings=True,
+        tie_embeddings=c.get("tie_word_embeddings", True),
+        logit_soft_cap=c.get("final_logit_softcapping"),
+        pattern=layers[:repeated],
+        **others,
+    )
+
+
+def write_gemma(m: Model, s: Shape) -> dict:
+    pattern = ["sliding_attention" if kind == "local" else "full_attention" for kind in m.pattern]
+    return write_llama(m, s) | {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": pattern * (m.num_layers // len(pattern)),
+        "sliding_window": m.window,
+        "query_pre_attn_scalar": m.score_width or m.head_width,
+        "final_logit_softcapping": m.logit_soft_cap,
+    }
+
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -366,6 +442,20 @@ FAMILIES = {
             read=read_olmoe,
             write=write_qwen3_moe,
         ),
+        Family(
+            name="gemma2",
+            architecture="Gemma2ForCausalLM",
+            tensors=GEMMA,
+            read=read_gemma2,
+            write=write_gemma2,
+        ),
+        Family(
+            name="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            tensors=GEMMA,
+            read=read_gemma3,
+            write=write_gemma3,
+        ),
     )
 }  # fmt: skip
 
@@ -416,10 +506,13 @@ def canonical(model: Model, shape: Shape) -> Model:
     fields: dict[str, Any] = {
         "num_kv_heads": shape.num_kv_heads,
         "head_width": shape.head_width,
-        "feed_forward_width": shape.feed_forward_width if "dense" in shape.pattern else None,
+        "feed_forward_width": None if set(shape.pattern) == {"moe"} else shape.feed_forward_width,
         "expert_width": shape.expert_width if "moe" in shape.pattern else None,
+        "score_width": None if shape.score_width == shape.head_width else shape.score_width,
     }
-    unused = ["dtype", "layers", "remat"]
+    if model.rope_scaling is None and model.local_rope_theta == model.rope_theta:
+        fields["local_rope_theta"] = None
+    unused = ["attention", "dtype", "layers", "remat"]
     unused += [] if model.position == "rope" else ["rope_theta"]
     unused += [] if model.rope_scaling else ["rope_factor"]
     unused += [] if model.rope_scaling == "llama3" else ["rope_low_turns", "rope_high_turns", "rope_original_length"]

@@ -25,6 +25,7 @@ from llm_jax.interop.families import Family, Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+PLACE = re.compile(r"^blocks/(\d+)/")
 BYTES_PER_FILE = 5_000_000_000
 # Buffers of old files that are computed, not learned.
 BUFFERS = re.compile(r"\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
@@ -94,14 +95,13 @@ def load(folder: Folder, family: Family, target: dict[str, jax.ShapeDtypeStruct]
     sizes: of the dimensions by their letters. Tensors that are missing, left over or of another shape: UserError.
     """
     table = {row.ours: row for row in family.tensors}
-    unknown = set(target) - set(table)
-    assert not unknown, f"{family.name} has no row for {unknown}"
     used = set()
-    for name in target:  # before the first byte is read
-        for theirs in _all_names(table[name], sizes):
+    for name, struct in target.items():  # before the first byte is read
+        row = table[_row_of(name)]
+        for theirs, _, _ in _tensors(row, _layers(name, struct, sizes), sizes):
             used.add(theirs)
             shape, _ = folder.describe(theirs)
-            wanted = their_shape(table[name], sizes)
+            wanted = their_shape(row, sizes)
             if shape != wanted:
                 raise UserError(
                     f"{folder.folder}: tensor {theirs} is {list(shape)}; by config.json it should be {list(wanted)}"
@@ -110,10 +110,24 @@ def load(folder: Folder, family: Family, target: dict[str, jax.ShapeDtypeStruct]
     if left := sorted(folder.names - used - tied):
         raise UserError(f"{folder.folder} has tensors that a {family.name} does not have here: {', '.join(left[:4])}")
     # One behind the other: transfers under way would hold copies of the next ones.
-    return {name: _load(folder, table[name], struct, sizes).block_until_ready() for name, struct in target.items()}
+    return {
+        name: _load(folder, table[_row_of(name)], struct, _layers(name, struct, sizes), sizes).block_until_ready()
+        for name, struct in target.items()
+    }
 
 
-def _load(folder: Folder, row: Tensor, struct: jax.ShapeDtypeStruct, sizes: dict[str, int]) -> jax.Array:
+def _row_of(name: str) -> str:
+    """In the family's table, where the places of a pattern of layers have the same rows."""
+    return PLACE.sub("blocks/", name)
+
+
+def _layers(name: str, stack: jax.Array | jax.ShapeDtypeStruct, sizes: dict[str, int]) -> range:
+    """The numbers of the layers in a stack: of those of a place of the pattern, every so many."""
+    place = PLACE.match(name)
+    return range(int(place[1]), sizes["L"], sizes["L"] // stack.shape[0]) if place else range(sizes["L"])
+
+
+def _load(folder: Folder, row: Tensor, struct: jax.ShapeDtypeStruct, layers: range, sizes: dict[str, int]) -> jax.Array:
     spec = struct.sharding.spec
     if row.theirs is None:
         return _zeros(struct.shape, struct.dtype, spec)
@@ -136,14 +150,14 @@ def _load(folder: Folder, row: Tensor, struct: jax.ShapeDtypeStruct, sizes: dict
     mesh = jax.sharding.get_mesh()
     if "{L}" not in theirs:
         sharding = jax.NamedSharding(mesh, spec)
-        return _cast(jax.make_array_from_callback(struct.shape, sharding, part(None)), struct.dtype)
+        return _cast(jax.make_array_from_callback(struct.shape, sharding, part(None)), struct.dtype, row.plus)
     sharding = jax.NamedSharding(mesh, jax.P(*spec[1:]))
     array = _zeros(
         struct.shape, struct.dtype, jax.P(None, *spec[1:])
     )  # written layer by layer, so on no device in part
-    for layer in range(sizes["L"]):
+    for number, layer in enumerate(layers):
         one = jax.make_array_from_callback(struct.shape[1:], sharding, part(layer))
-        array = _set_layer(array, one, layer).block_until_ready()
+        array = _set_layer(array, one, number, row.plus).block_until_ready()
     return jax.reshard(array, spec)
 
 
@@ -152,14 +166,15 @@ def _zeros(shape, dtype, spec):
     return jnp.zeros(shape, dtype, out_sharding=spec)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(array, dtype):
-    return array.astype(dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cast(array, dtype, plus):
+    array = array.astype(dtype)
+    return array + plus if plus else array  # -0.0 + 0 is another number
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack, layer, number):
-    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), number, axis=0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set_layer(stack, layer, number, plus):
+    return jax.lax.dynamic_update_index_in_dim(stack, _cast(layer, stack.dtype, plus), number, axis=0)
 
 
 def save(
@@ -169,16 +184,16 @@ def save(
 
     The host holds those of one file at a time. UserError for a parameter that must be zero, and is not.
     """
-    tensors = collections.defaultdict(list)  # by their name: (row, layer, expert)
-    for row in family.tensors:
-        if row.ours not in parameters:
-            continue
-        if row.theirs is None:
-            if np.any(_fetch(parameters[row.ours])):
-                raise UserError(f"{row.ours} is not zero, and a {family.name} has none")
-            continue
-        for layer, expert in _places(row, sizes):
-            tensors[row.theirs.format(L=layer, E=expert)].append((row, layer, expert))
+    table = {row.ours: row for row in family.tensors}
+    tensors = collections.defaultdict(list)  # by their name: (row, array, number of the layer in it, expert)
+    for name, array in parameters.items():
+        row, layers = table[_row_of(name)], _layers(name, array, sizes)
+        if row.theirs is None and np.any(_fetch(array)):
+            raise UserError(f"{name} is not zero, and a {family.name} has none")
+        for theirs, layer, expert in _tensors(row, layers, sizes):
+            number = None if layer is None else layers.index(layer)
+            tensors[theirs].append((row, array, number, expert))
+    tensors = {name: sorted(parts, key=lambda part: part[0].part) for name, parts in tensors.items()}
     files, room = [[]], BYTES_PER_FILE
     for name, places in tensors.items():
         size = int(np.prod(their_shape(places[0][0], sizes))) * dtype.itemsize
@@ -193,11 +208,10 @@ def save(
 
     def tensor(name: str) -> np.ndarray:
         parts = []
-        for row, layer, expert in tensors[name]:
-            array = parameters[row.ours]
-            for number in (layer, expert):
+        for row, array, *numbers in tensors[name]:
+            for number in numbers:
                 array = array if number is None else _at(array, number)
-            parts.append(to_theirs(_fetch(array), row, sizes))
+            parts.append(to_theirs(_fetch(array) - row.plus, row, sizes))
         joined = parts[0] if len(parts) == 1 else _join(parts, tensors[name][0][0], sizes)
         return np.ascontiguousarray(joined.astype(dtype))
 
@@ -220,15 +234,13 @@ def _fetch(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _places(row: Tensor, sizes: dict[str, int]) -> Iterator[tuple[int | None, int | None]]:
-    assert row.theirs is not None
-    for layer in range(sizes["L"]) if "{L}" in row.theirs else (None,):
+def _tensors(row: Tensor, layers: range, sizes: dict[str, int]) -> Iterator[tuple[str, int | None, int | None]]:
+    """(name, layer, expert) of each of their tensors."""
+    if row.theirs is None:
+        return
+    for layer in layers if "{L}" in row.theirs else (None,):
         for expert in range(sizes["E"]) if "{E}" in row.theirs else (None,):
-            yield layer, expert
-
-
-def _all_names(row: Tensor, sizes: dict[str, int]) -> list[str]:
-    return [row.theirs.format(L=layer, E=expert) for layer, expert in _places(row, sizes)] if row.theirs else []
+            yield row.theirs.format(L=layer, E=expert), layer, expert
 
 
 def their_shape(row: Tensor, sizes: dict[str, int]) -> tuple[int, ...]:

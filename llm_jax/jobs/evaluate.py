@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llm_jax.config import Config
+from llm_jax.config import Config, UserError
 from llm_jax.data.stream import HeldOut
+from llm_jax.jobs import perplexity
 from llm_jax.jobs.prepare import prepare
 from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
 from llm_jax.measure import metrics
@@ -29,11 +30,36 @@ def run(
     step: int | None = None,
     batch_size: int | None = None,
     ema: bool = False,
+    text: str | None = None,
+    stride: int | None = None,
+    wikitext: bool = False,
+    tasks: list[str] | None = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    length: int | None = None,
 ) -> None:
-    """The verb: evaluates a checkpoint on all held-out text, prints a table or JSON, writes WORKDIR/evaluate.json.
+    """The verb: evaluates a checkpoint on all held-out text, prints a table or JSON, writes WORKDIR/evaluate.json; or
+    on one text, or on tasks: jobs/perplexity.py, jobs/harness.py.
 
     ema: the averaged parameters instead of the last ones.
     """
+    of_text = {"stride": stride, "wikitext": wikitext}
+    of_tasks = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+    require_effect(text=text, tasks=tasks, of_text=of_text, of_tasks=of_tasks, length=length)
+    common = {"as_json": as_json, "step": step, "batch_size": batch_size, "ema": ema, "length": length}
+    if text:
+        perplexity.run(config, workdir, text=text, **of_text, **common)
+        return
+    if tasks:
+        try:
+            from llm_jax.jobs import harness
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("llm_jax"):
+                raise
+            raise UserError(f"--tasks needs {error.name}; install it with: pip install 'llm-jax[eval]'") from error
+        harness.run(config, workdir, tasks=tasks, **of_tasks, **common)
+        return
     start(config)
     work = Workdir(workdir)
     say = (lambda text: None) if as_json else print
@@ -49,6 +75,21 @@ def run(
         plain = metrics.encode(result)
         work.save_evaluation(plain)
         print(json.dumps(plain, indent=2) if as_json else table(result))
+
+
+def require_effect(*, text: str | None, tasks: list[str] | None, of_text: dict, of_tasks: dict, length: int | None):
+    """UserError for flags that contradict each other, or change nothing."""
+    if text and tasks:
+        raise UserError("--text and --tasks exclude each other; evaluate one after the other")
+    needs = {
+        "--text": (text, of_text),
+        "--tasks": (tasks, of_tasks),
+        "--text or --tasks": (text or tasks, {"length": length}),
+    }
+    for needed, (given, flags) in needs.items():
+        for name, value in flags.items():
+            if value is not None and value is not False and not given:
+                raise UserError(f"--{name}={value} has an effect only with {needed}; leave it out")
 
 
 def make_evaluate(mesh: jax.sharding.Mesh, batch_size: int, chunk: int | None) -> Callable:

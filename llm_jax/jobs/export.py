@@ -10,6 +10,7 @@ import numpy as np
 from llm_jax.config import Config, UserError
 from llm_jax.interop import tokenizer_files, weights
 from llm_jax.interop.families import nearest
+from llm_jax.jobs.perplexity import longest
 from llm_jax.jobs.workdir import Workdir, mesh_for_reading, restore_parameters, start
 from llm_jax.parallel import hosts
 from llm_jax.safety.structure import named_leaves
@@ -42,9 +43,8 @@ def run(
         files = weights.save(folder, family, named_leaves(model), model.shape.letters(), dtype)
     if not hosts.is_first():
         return
-    if work.imported.exists() and "max_position_embeddings" in theirs:  # what was trained here may be shorter
-        was = json.loads(work.imported.read_text("utf-8"))["config"]["max_position_embeddings"]
-        theirs["max_position_embeddings"] = max(was, theirs["max_position_embeddings"])
+    if "max_position_embeddings" in theirs:
+        theirs["max_position_embeddings"] = longest(work, config, None)
     theirs |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     theirs |= {"dtype": dtype.name, "torch_dtype": dtype.name}
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", "utf-8")

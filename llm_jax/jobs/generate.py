@@ -3,7 +3,6 @@
 B prompt, P prompt position, M new token
 """
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -87,31 +86,55 @@ def generate(
             f"--max_tokens={max_tokens} and a prompt of {longest} tokens exceed the {model.shape.max_length} learned "
             f"positions of the model; try --max_tokens={max(1, model.shape.max_length - longest)} or a shorter prompt"
         )
-    shards = num_shards(mesh, model.rules.batch)
-    rows += [np.array([tokenizer.bos], np.int32)] * (-len(rows) % shards)
-    tokens_BP = np.full((len(rows), longest), tokenizer.eos, np.int32)
+
+    def watch(new: list[list[int]]) -> bool:
+        if show is not None:
+            show(tokenizer.decode(new[0]))
+        return False
+
+    new = continue_rows(
+        model, rows, width=longest, mesh=mesh, sampling=sampling, max_tokens=max_tokens, seed=seed, enough=watch
+    )
+    return [tokenizer.decode(ids) for ids in new]
+
+
+def continue_rows(
+    model: Transformer,
+    rows: list[np.ndarray],
+    *,
+    width: int,
+    mesh: jax.sharding.Mesh,
+    sampling: decoding.Sampling,
+    max_tokens: int,
+    seed: int,
+    enough: Callable[[list[list[int]]], bool],
+) -> list[list[int]]:
+    """The new tokens of each row, up to its end or max_tokens, or until enough(those so far) says so.
+
+    width: of the compiled program, which is another one for each width, number of rows and max_tokens.
+    """
+    shards, count = num_shards(mesh, model.rules.batch), len(rows)
+    rows = rows + [rows[0][:1]] * (-count % shards)
+    tokens_BP = np.full((len(rows), width), sampling.eos, np.int32)
     for row, ids in zip(tokens_BP, rows, strict=True):
-        row[longest - len(ids) :] = ids
+        row[width - len(ids) :] = ids
     lengths_B = np.array([len(row) for row in rows], np.int32)
     sharding = jax.NamedSharding(mesh, model.rules.spec("batch", None))
     columns = {"tokens": tokens_BP, "lengths": lengths_B[:, None]}
     arrays = global_rows(lambda first, last: {k: v[first:last] for k, v in columns.items()}, len(rows), sharding)
 
-    begin = jax.jit(functools.partial(decoding.start, max_tokens=max_tokens))
-    extend = jax.jit(
-        functools.partial(decoding.extend, sampling=sampling, num_tokens=TOKENS_PER_CALL), donate_argnames="decoding"
-    )
-    state = begin(model, arrays["tokens"], arrays["lengths"][:, 0])
+    state = begin(model, arrays["tokens"], arrays["lengths"][:, 0], max_tokens=max_tokens)
     key = jax.random.key(seed)
     while True:
-        state = extend(model, state, key)
-        count, done = int(state.count), bool(np.all(_fetch(state.done_B)[: len(prompts)]))
-        if show is not None:
-            show(tokenizer.decode(_until(sampling.eos, _fetch(state.tokens_BM)[0, :count])))
-        if done or count >= max_tokens:
-            break
-    tokens_BM = _fetch(state.tokens_BM)[: len(prompts), :count]
-    return [tokenizer.decode(_until(sampling.eos, row)) for row in tokens_BM]
+        state = extend(model, state, key, sampling=sampling, num_tokens=TOKENS_PER_CALL)
+        done = bool(np.all(_fetch(state.done_B)[:count]))
+        new = [_until(sampling.eos, row) for row in _fetch(state.tokens_BM)[:count, : int(state.count)]]
+        if enough(new) or done or int(state.count) >= max_tokens:
+            return new
+
+
+begin = jax.jit(decoding.start, static_argnames="max_tokens")
+extend = jax.jit(decoding.extend, static_argnames=("sampling", "num_tokens"), donate_argnames="decoding")
 
 
 def _fetch(array) -> np.ndarray:

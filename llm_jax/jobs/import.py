@@ -42,7 +42,8 @@ def run(config: Config, workdir: str, as_json: bool = False, **flags) -> None:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(
-            model, dtype=config.model.dtype, layers=config.model.layers, remat=config.model.remat
+            model,
+            **{field: getattr(config.model, field) for field in ("attention", "dtype", "layers", "remat")},
         ),
         tokenizer=dataclasses.replace(
             config.tokenizer,

@@ -60,7 +60,7 @@ def run(
         result["auto"] = why
     if search:
         result["search"] = [row(other) for other in meshes]
-    by_compiler = _compile(config, machine) if compile else None
+    by_compiler = _compile(config, machine, result["flops_per_token"] * job.tokens) if compile else None
     if by_compiler is not None:
         result["compiled"] = by_compiler.to_dict()
         result["formulas_over_compiler"] = found.memory.peak / by_compiler.needed
@@ -131,8 +131,8 @@ def row(found: Estimate) -> dict:
     }
 
 
-def _compile(config: Config, machine: Topology) -> Compiled:
-    """What the compiler makes of the run's own update."""
+def _compile(config: Config, machine: Topology, flops: float) -> Compiled:
+    """What the compiler makes of the run's own update; flops: of the model, an update."""
     # The libraries for data and checkpoints that a run needs take seconds to import.
     from llm_jax.jobs.setup import Program
     from llm_jax.training.state import abstract_state
@@ -140,7 +140,7 @@ def _compile(config: Config, machine: Topology) -> Compiled:
     program = Program(config, config.tokenizer.vocab_size, machine.devices())
     with jax.set_mesh(program.mesh):
         lowered = program.lower(abstract_state(program.init, program.mesh))
-        return examine(lowered, program.mesh, machine)
+        return examine(lowered, program.mesh, machine, flops / machine.num_devices)
 
 
 def text(found: Estimate, result: dict, by_compiler: Compiled | None = None) -> str:
@@ -167,7 +167,7 @@ def text(found: Estimate, result: dict, by_compiler: Compiled | None = None) -> 
             ("activations kept", _gib(memory.activations), ""),
             ("gradients, float32", _gib(memory.gradients), "with the backward pass"),
             ("layer in work", _gib(memory.layer), "with the backward pass"),
-            ("head's gradient, whole", _gib(memory.head), ""),
+            ("head's gradient, whole", _gib(memory.head), "before it"),
             ("head and logits", _gib(memory.loss), "before it"),
             ("peak", _gib(memory.peak), f"of {found.available / GIB:.4g}: {'fits' if found.fits else 'DOES NOT FIT'}"),
         ]),

@@ -61,7 +61,7 @@ class Record:
         self.peak_flops = math.nan  # of the first process, which reports
         if hosts.is_first():
             device = jax.local_devices()[0]
-            peak = peak_flops(device, compute_dtype(config.model, device.platform))
+            peak = peak_flops(device, compute_dtype(config.model, setup.mesh))
             self.peak_flops = peak.value * setup.mesh.size
             total = f"{self.peak_flops / 1e12:.3g} TFLOP/s"
             self.say(f"MFU counts causal attention, against {total} of all devices; {peak.source}")

@@ -33,7 +33,7 @@ from llm_jax.safety.rewinds import Rewinds
 from llm_jax.training.losses import Weights
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
-from llm_jax.training.state import TrainState, abstract_state, begin, make_init, model_shape
+from llm_jax.training.state import TrainState, abstract_state, begin, choose_attention, make_init, model_shape
 from llm_jax.training.step import train_step
 
 BATCHES_AHEAD = 2
@@ -51,7 +51,8 @@ class Program:
     """From the config and the size of the vocabulary: the state and the update of a run, on a mesh over `devices`.
 
     Needs no data, and devices that are not there (see plan.topology) will do for lowering. Raises UserError where the
-    mesh does not fit. why_mesh tells how parallel.auto came to its mesh; None: it was given.
+    mesh does not fit. why_mesh tells how parallel.auto came to its mesh; None: it was given. attention and
+    why_attention: see choose_attention.
     """
 
     def __init__(self, config: Config, vocab_size: int, devices: list[jax.Device] | None = None):
@@ -61,6 +62,7 @@ class Program:
         self.mesh, self.rules = make_mesh(self.parallel, devices), Rules()
         train, length = config.train, config.train.sequence_length
         self.shape: Shape = model_shape(config.model, vocab_size=vocab_size, sequence_length=length)
+        self.attention, self.why_attention = choose_attention(config.model, self.shape, self.mesh, self.rules)
         self.optimizer: optax.GradientTransformation = make_optimizer(config.optimizer, train.steps)
         self.init = make_init(
             config.model,

@@ -75,6 +75,8 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
         setup = Setup(config, prepared)
         if setup.why_mesh is not None:
             say(f"parallel.auto: {setup.why_mesh}")
+        because = "" if setup.why_attention is None else f", because {setup.why_attention}"
+        say(f"attention: {setup.attention}{because}")
         if setup.stages > 1:
             idle = bubble_fraction(setup.stages, setup.parallel.rounds, config.train.microbatches)
             say(
@@ -289,7 +291,7 @@ def describe(state: TrainState, config: Config, mesh: jax.sharding.Mesh, first_s
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
     where = f"{mesh.size} x {device.device_kind}" + (f" as {sizes}" if sizes else "")
     how = f"goes on from step {first_step}" if first_step else "starts"
-    dtype = compute_dtype(config.model, device.platform)
+    dtype = compute_dtype(config.model, mesh)
     return (
         f"model: {parameter_count(state.parameters):,} parameters, computed in {dtype} on {where}; the run {how}, "
         f"{config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} tokens"

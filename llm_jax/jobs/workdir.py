@@ -49,8 +49,8 @@ from llm_jax.training.state import abstract_state, make_init, model_shape
 
 # What may change between two starts of a run without making it another run.
 FREE = ("checkpoint.", "evaluate.", "log.", "parallel.", "train.steps", "train.microbatches", "train.loss_chunk",
-        "model.layers", "model.remat", "data.data_dir", "data.cache_dir", "data.num_workers", "watchdog.",
-        "spikes.action", "spikes.threshold", "spikes.limit", "spikes.rewind_")  # fmt: skip
+        "model.attention", "model.layers", "model.remat", "data.data_dir", "data.cache_dir", "data.num_workers",
+        "watchdog.", "spikes.action", "spikes.threshold", "spikes.limit", "spikes.rewind_")  # fmt: skip
 # And what may with checkpoint.allow_other_data: what the fingerprint of the data is made of.
 DATA = ("data.", "train.batch_size", "train.sequence_length", "train.seed")
 # And before the first step with an imported model.
@@ -294,8 +294,9 @@ def restore_parameters(
     item = "ema" if ema else "parameters"
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shape = model_shape(config.model, vocab_size=tokenizer.vocab_size, sequence_length=config.train.sequence_length)
+    model = dataclasses.replace(config.model, attention="auto")  # this may be another machine than the run's
     init = make_init(
-        config.model, shape, optimizer, mesh=mesh, rules=Rules(), seed=config.train.seed, window=config.spikes.window,
+        model, shape, optimizer, mesh=mesh, rules=Rules(), seed=config.train.seed, window=config.spikes.window,
         ema=ema,
     )  # fmt: skip
     target = getattr(abstract_state(init, mesh), item)

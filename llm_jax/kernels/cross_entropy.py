@@ -98,7 +98,9 @@ def _loss(hidden_BTD, head_DV, targets_BT, weights_BT, z_loss, soft_cap, chunk, 
         d_hidden_BTD = jax.lax.psum(d_hidden_BTD, rules.vocab)
         d_head_DV = jax.lax.psum(d_head_DV, tuple(axis for axis in shards if axis not in rules.table_embed))
         d_head_DV = jax.lax.psum_scatter(d_head_DV, rules.table_embed, scatter_dimension=0, tiled=True)
-        return *sums, d_hidden_BTD, d_head_DV.astype(head_DV.dtype)
+        # Together, so that the backward pass of the layers waits for the head's share. The TPU compiler else sums the
+        # gradients after that pass, and keeps this one whole, in float32, until then.
+        return *sums, *jax.lax.optimization_barrier((d_hidden_BTD, d_head_DV.astype(head_DV.dtype)))
 
     hidden, head, tokens = _specs(hidden_BTD, rules)
     out_specs = (jax.P(), jax.P(), *((hidden, head) if with_gradients else ()))

@@ -31,12 +31,13 @@ MEASURING_SECONDS = 0.3
 def flops_per_token(
     *, num_layers: int, width: int, num_heads: int, num_kv_heads: int, head_width: int, feed_forward_width: int,
     gated: bool, vocab_size: int, sequence_length: int, causal: bool, num_moe_layers: int = 0, num_experts: int = 0,
-    experts_per_token: int = 0, num_shared_experts: int = 0, expert_width: int = 0, window: int | None = None,
+    experts_per_token: int = 0, num_shared_experts: int = 0, expert_width: int = 0,
+    windows: tuple[int | None, ...] = (None,),
 ) -> float:  # fmt: skip
     """FLOPs of training (forward and backward) per token of a decoder-only Transformer.
 
     Of the num_layers, num_moe_layers are mixtures of experts: a token meets the router and the experts it goes to.
-    With causal, half of all keys, and of a `window` those that a query sees in the mean.
+    With causal, half of all keys, or those that a query sees in the mean through the layers' windows.
     """
     matrices = 3 if gated else 2
     attention_weights = width * head_width * (2 * num_heads + 2 * num_kv_heads)
@@ -45,15 +46,16 @@ def flops_per_token(
     moe_weights = width * num_experts + experts_met * matrices * width * expert_width
     weights = num_layers * attention_weights + width * vocab_size
     weights += (num_layers - num_moe_layers) * dense_weights + num_moe_layers * moe_weights
-    keys = mean_keys(sequence_length, window) if causal else sequence_length
+    keys = mean_keys(sequence_length, windows) if causal else sequence_length
     attention = num_layers * 2 * num_heads * head_width * keys  # scores and weighted values
     return 3 * 2 * (weights + attention)
 
 
-def mean_keys(sequence_length: int, window: int | None) -> float:
-    """That a query of a causal row attends to: half of them, or of a sliding window its own, but for the first."""
-    window = min(window or sequence_length, sequence_length)
-    return window - window**2 / (2 * sequence_length) if sequence_length else 0.0
+def mean_keys(sequence_length: int, windows: tuple[int | None, ...]) -> float:
+    """That a query of a causal row attends to: half of them, or of a sliding window its own, but for the first; the
+    mean over layers, whose windows are these, repeated."""
+    seen = [min(window or sequence_length, sequence_length) for window in windows]
+    return sum(n - n**2 / (2 * sequence_length) for n in seen) / len(seen) if sequence_length else 0.0
 
 
 def parameter_count(tree) -> int:

@@ -3,15 +3,18 @@
 B batch, T query position, S key position, D width, N query heads, K key/value heads, H head width
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.kernels.attention import attention
+from llm_jax.kernels.matmul import matmul
 from llm_jax.model.norm import Norm
-from llm_jax.model.parameter import constant, gathered, weight
+from llm_jax.model.parameter import PROJECTED, constant, gathered, weight
 from llm_jax.model.position import RopeScaling, rotate
 from llm_jax.parallel.sharding import Rules
 
@@ -28,6 +31,8 @@ class Attention(nnx.Module):
         rope_theta: float | None,
         rope_scaling: RopeScaling | None,
         window: int | None,
+        score_width: int | None,
+        soft_cap: float | None,
         use_bias: bool,
         use_qkv_bias: bool,
         make_head_norm: Callable[[int], Norm] | None,
@@ -36,7 +41,8 @@ class Attention(nnx.Module):
         rules: Rules,
         key: jax.Array,
     ):
-        """make_head_norm: of so many heads. window: how many keys a query sees, its own with them; None: all."""
+        """make_head_norm: of so many heads. window: how many keys a query sees, its own with them; None: all.
+        score_width: scores are divided by its square root, instead of that of head_width. soft_cap: of the scores."""
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         into, out = rules.spec("embed", "heads", None), rules.spec("heads", None, "embed")
         self.wq = weight(q_key, (width, num_heads, head_width), into, width=width)
@@ -53,6 +59,8 @@ class Attention(nnx.Module):
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
         self.window = window
+        self.query_scale = math.sqrt(head_width / score_width) if score_width else None
+        self.soft_cap = soft_cap
         self.dtype = dtype
         self.into_spec, self.out_spec = rules.spec(None, "heads", None), rules.spec("heads", None, None)
         self.implementation = implementation
@@ -75,6 +83,8 @@ class Attention(nnx.Module):
         if self.rope_theta is not None:
             q_BTNH = rotate(q_BTNH, positions_BT, self.rope_theta, self.rope_scaling)
             k_BTKH = rotate(k_BTKH, positions_BT, self.rope_theta, self.rope_scaling)
+        if self.query_scale is not None:
+            q_BTNH *= self.query_scale
         if cache is None:
             # All keys of a row: where the sequence is sharded, they are gathered (Llama 3, arXiv:2407.21783, 3.3.2).
             whole = self.rules.spec("batch", None, "heads", None)
@@ -86,15 +96,15 @@ class Attention(nnx.Module):
             v_BSKH = jax.lax.dynamic_update_slice_in_dim(v_BSKH, v_BTKH, offset, axis=1)
         out_BTNH = attention(
             q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, key_segments_BS=key_segments_BS, order=order,
-            offset=offset, window=self.window, implementation=self.implementation if cache is None else "reference",
-            rules=self.rules,
+            offset=offset, window=self.window, soft_cap=self.soft_cap,
+            implementation=self.implementation if cache is None else "reference", rules=self.rules,
         )  # fmt: skip
         wo_NHD = gathered(self.wo, self.out_spec, self.dtype)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, wo_NHD, out_sharding=spec)
+        out_BTD = checkpoint_name(matmul(out_BTNH, wo_NHD, contracted=2, out_sharding=spec), PROJECTED)
         if self.bo is not None:
             out_BTD += self.bo[...].astype(self.dtype)
         return out_BTD, (k_BSKH, v_BSKH)
 
     def _project(self, x_BTD, weight_DNH, bias_NH):
-        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(weight_DNH, self.into_spec, self.dtype))
+        y_BTNH = checkpoint_name(matmul(x_BTD, gathered(weight_DNH, self.into_spec, self.dtype)), PROJECTED)
         return y_BTNH if bias_NH is None else y_BTNH + bias_NH[...].astype(self.dtype)

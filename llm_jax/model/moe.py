@@ -89,7 +89,7 @@ class MixtureOfExperts(nnx.Module):
             width=width,
             feed_forward_width=num_shared_experts * expert_width,
             out_scale=out_scale,
-            gated=gated,
+            activation="swiglu" if gated else "gelu",
             use_bias=False,
             dtype=dtype,
             rules=rules,

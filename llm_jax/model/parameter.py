@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Names of what a remat policy may keep (see model.transformer.REMATS): what the products of attention made, and that
+# with w_up.
+PROJECTED, UP = "projected", "up"
+
 
 def weight(key: jax.Array, shape: tuple[int, ...], spec: jax.P, *, width: int, scale: float = 1.0) -> nnx.Param:
     """Normal, standard deviation scale * sqrt(2 / (5 width)): "small init", Nguyen & Salazar 2019, arXiv:1910.05895.

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llm_jax.kernels.attention import RESULTS
 from llm_jax.model.attention import Attention
 from llm_jax.model.feed_forward import FeedForward
 from llm_jax.model.moe import MixtureOfExperts
 from llm_jax.model.norm import Norm
-from llm_jax.model.parameter import gathered, weight
+from llm_jax.model.parameter import PROJECTED, UP, gathered, weight
 from llm_jax.model.position import RopeScaling, sinusoidal
 from llm_jax.parallel.pipeline import pipelined
 from llm_jax.parallel.sharding import Rules
@@ -39,25 +40,36 @@ class Shape:
     num_kv_heads: int
     head_width: int
     feed_forward_width: int
-    gated: bool
+    activation: str  # swiglu | geglu | gelu
     layer_norm: bool
     norm_epsilon: float
     position: str  # rope | learned | sinusoidal
     rope_theta: float
     rope_scaling: RopeScaling | None
-    window: int | None
+    local_rope_theta: float | None  # of local layers, without scaling; None: as in the others
+    window: int | None  # of all layers, or of the local ones alone if there are any
+    score_width: int | None
+    attention_soft_cap: float | None
     use_bias: bool
     use_qkv_bias: bool
     qk_norm: str | None  # head | heads: each by itself, or all together
-    norm_placement: str  # pre | post
+    norm_placement: str  # pre | post | both
+    scale_embeddings: bool
     tie_embeddings: bool
     logit_soft_cap: float | None
-    pattern: tuple[str, ...]  # the kinds of the layers, repeated: dense | moe
+    pattern: tuple[str, ...]  # the kinds of the layers, repeated: dense | local | moe
     num_experts: int  # 0 without moe layers
     experts_per_token: int
     num_shared_experts: int
     expert_width: int
     normalize_gates: bool
+
+    @property
+    def gated(self) -> bool:
+        return self.activation != "gelu"
+
+    def window_of(self, kind: str) -> int | None:
+        return self.window if kind == "local" or "local" not in self.pattern else None
 
     def letters(self) -> dict[str, int]:
         """The sizes of dimensions by their letters; F is that of a routed expert where all layers are mixtures."""
@@ -66,7 +78,7 @@ class Shape:
             "N": self.num_heads,
             "K": self.num_kv_heads,
             "H": self.head_width,
-            "F": self.feed_forward_width if "dense" in self.pattern else self.expert_width,
+            "F": self.expert_width if set(self.pattern) == {"moe"} else self.feed_forward_width,
             "V": self.vocab_size,
             "T": self.max_length,
             "L": self.num_layers,
@@ -87,14 +99,21 @@ def keep_all_but_gathered(primitive, *_, **__) -> bool:
 REMATS = {
     "none": None,
     "gathers": keep_all_but_gathered,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # What splash attention made, too: a byte of it costs as many FLOPs as there are keys, one of a product D.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESULTS),
+    ),
+    # The same without the gate's product, and without all of the feed-forward layers: for models that would not fit.
+    "gate": jax.checkpoint_policies.save_only_these_names(PROJECTED, RESULTS, UP),
+    "feed_forward": jax.checkpoint_policies.save_only_these_names(PROJECTED, RESULTS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 class Block(nnx.Module):
-    """Residual block with norms before its layers (Radford et al. 2019, section 2.3), or behind them, before the sums
-    (OLMo 2, arXiv:2501.00656, section 3.2)."""
+    """Residual block with norms before its layers (Radford et al. 2019, section 2.3), behind them, before the sums
+    (OLMo 2, arXiv:2501.00656, section 3.2), or both (Gemma 2, arXiv:2408.00118, section 2.4)."""
 
     def __init__(self, shape: Shape, kind: str, *, attention: str, dtype: jnp.dtype, rules: Rules, key: jax.Array):
         attention_key, feed_forward_key = jax.random.split(key)
@@ -107,18 +126,24 @@ class Block(nnx.Module):
                 return make_norm(shape.head_width)
             return make_norm(num_heads, shape.head_width, spec=rules.spec("heads", None))
 
+        before, behind = shape.norm_placement != "post", shape.norm_placement != "pre"
+        unscaled = kind == "local" and shape.local_rope_theta is not None
+        theta = shape.local_rope_theta if unscaled else shape.rope_theta
         # The variance of the residual stream does not grow with depth at the start (Radford et al. 2019, section 2.3).
         out_scale = 1 / math.sqrt(2 * shape.num_layers)
-        self.attention_norm = make_norm(shape.width)
+        self.attention_norm = make_norm(shape.width) if before else None
+        self.attention_out_norm = make_norm(shape.width) if behind else None
         self.attention = Attention(
             width=shape.width,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_width=shape.head_width,
             out_scale=out_scale,
-            rope_theta=shape.rope_theta if shape.position == "rope" else None,
-            rope_scaling=shape.rope_scaling,
-            window=shape.window,
+            rope_theta=theta if shape.position == "rope" else None,
+            rope_scaling=None if unscaled else shape.rope_scaling,
+            window=shape.window_of(kind),
+            score_width=shape.score_width,
+            soft_cap=shape.attention_soft_cap,
             use_bias=shape.use_bias,
             use_qkv_bias=shape.use_qkv_bias,
             make_head_norm=make_head_norm if shape.qk_norm else None,
@@ -127,8 +152,9 @@ class Block(nnx.Module):
             rules=rules,
             key=attention_key,
         )
-        self.feed_forward_norm = make_norm(shape.width)
-        sizes = {"width": shape.width, "out_scale": out_scale, "gated": shape.gated}
+        self.feed_forward_norm = make_norm(shape.width) if before else None
+        self.feed_forward_out_norm = make_norm(shape.width) if behind else None
+        sizes = {"width": shape.width, "out_scale": out_scale}
         if kind == "moe":
             self.feed_forward = MixtureOfExperts(
                 **sizes,
@@ -136,6 +162,7 @@ class Block(nnx.Module):
                 num_experts=shape.num_experts,
                 experts_per_token=shape.experts_per_token,
                 num_shared_experts=shape.num_shared_experts,
+                gated=shape.gated,
                 normalize_gates=shape.normalize_gates,
                 dtype=dtype,
                 rules=rules,
@@ -145,12 +172,12 @@ class Block(nnx.Module):
             self.feed_forward = FeedForward(
                 **sizes,
                 feed_forward_width=shape.feed_forward_width,
+                activation=shape.activation,
                 use_bias=shape.use_bias,
                 dtype=dtype,
                 rules=rules,
                 key=feed_forward_key,
             )
-        self.pre = shape.norm_placement == "pre"
         self.rules = rules
 
     def __call__(self, x_BTD, segments_BT, positions_BT, order=None, cache=None):
@@ -160,17 +187,21 @@ class Block(nnx.Module):
         within = self.rules.spec("batch", None if cache is not None else "length", None)
         between = within if cache is not None else self.rules.spec("batch", "sequence", None)
         with jax.named_scope("attention"):
-            into_BTD = jax.reshard(self.attention_norm(x_BTD) if self.pre else x_BTD, within)
+            into_BTD = jax.reshard(_normed(self.attention_norm, x_BTD), within)
             out_BTD, cache = self.attention(into_BTD, segments_BT, positions_BT, between, order, cache)
-            x_BTD += out_BTD if self.pre else self.attention_norm(out_BTD)
+            x_BTD += _normed(self.attention_out_norm, out_BTD)
         with jax.named_scope("feed_forward"):
-            into_BTD, sums = jax.reshard(self.feed_forward_norm(x_BTD) if self.pre else x_BTD, within), None
+            into_BTD, sums = jax.reshard(_normed(self.feed_forward_norm, x_BTD), within), None
             if isinstance(self.feed_forward, FeedForward):
                 out_BTD = self.feed_forward(into_BTD, between)
             else:
                 counted_BT = (segments_BT > 0).astype(jnp.float32)
                 out_BTD, sums = self.feed_forward(into_BTD, counted_BT, between)
-            return x_BTD + (out_BTD if self.pre else self.feed_forward_norm(out_BTD)), cache, sums
+            return x_BTD + _normed(self.feed_forward_out_norm, out_BTD), cache, sums
+
+
+def _normed(norm: Norm | None, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 @jax.tree_util.register_dataclass
@@ -328,12 +359,14 @@ class Transformer(nnx.Module):
         # Gather the table over D first: a lookup sharded over both B and D makes XLA copy whole activations.
         table_VD = gathered(self.embed, self.rules.spec("vocab", None), self.dtype)
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec)
+        if self.shape.scale_embeddings or self.shape.position == "sinusoidal":
+            # Vaswani et al. 2017, section 3.4; or sines would drown the small initial embeddings.
+            x_BTD *= math.sqrt(self.shape.width)
         if self.position_embed is not None:
             table_TD = gathered(self.position_embed, self.rules.spec(None, None), self.dtype)
             x_BTD += table_TD.at[positions_BT].get(out_sharding=spec)
         elif self.shape.position == "sinusoidal":
-            # Scaled as in Vaswani et al. 2017, section 3.4, or the sines would drown the small initial embeddings.
-            x_BTD = x_BTD * math.sqrt(self.shape.width) + sinusoidal(positions_BT, self.shape.width).astype(self.dtype)
+            x_BTD += sinusoidal(positions_BT, self.shape.width).astype(self.dtype)
         return x_BTD if decoding else jax.reshard(x_BTD, self.rules.spec(*leading, "batch", "sequence", None))
 
     def _over_layers(self, run, x_BTD, layers):

@@ -48,6 +48,7 @@ class Compiled:
     memory: Memory | None
     collectives: tuple[Collective, ...]  # the most bytes sent first
     estimate: Estimate | None
+    mfu: float | None  # of the estimated step
     windowed_einsums: tuple[str, ...]  # see plan.hlo
     seconds_to_compile: float
     versions: dict[str, str]
@@ -61,8 +62,11 @@ class Compiled:
         return values
 
 
-def examine(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, topology: Topology) -> Compiled:
-    """Compiles a program that was lowered for devices of the topology. Needing too much memory is a result, too."""
+def examine(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, topology: Topology, flops: float) -> Compiled:
+    """Compiles a program that was lowered for devices of the topology. Needing too much memory is a result, too.
+
+    flops: of the model, a device and run of the program (see measure.flops).
+    """
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -82,7 +86,7 @@ def examine(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, topology: Topo
     if compiled is None:
         return Compiled(
             **known, fits=False, needed=needed, available=available, memory=None, collectives=(), estimate=None,
-            windowed_einsums=(), message=_advice(needed, available, arguments),
+            mfu=None, windowed_einsums=(), message=_advice(needed, available, arguments),
         )  # fmt: skip
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None  # of the compilers of other platforms, it may be
@@ -93,9 +97,12 @@ def examine(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh, topology: Topo
         temporaries=stats.temp_size_in_bytes,
         peak=stats.peak_memory_in_bytes,
     )
+    chip = topology.chip
+    replayed = estimate(text, mesh, chip)
     return Compiled(
-        **known, fits=True, needed=memory.peak, available=topology.chip.hbm / topology.chip.devices, memory=memory,
-        collectives=tuple(collectives(text, mesh)), estimate=estimate(text, mesh, topology.chip),
+        **known, fits=True, needed=memory.peak, available=chip.hbm / chip.devices, memory=memory,
+        collectives=tuple(collectives(text, mesh)), estimate=replayed,
+        mfu=flops * chip.devices / chip.flops / replayed.seconds,
         windowed_einsums=tuple(windowed_einsums(text)), message=None,
     )  # fmt: skip
 
@@ -112,11 +119,14 @@ def table(compiled: Compiled) -> str:
     if compiled.message:
         lines.append(f"  {compiled.message}")
     if compiled.estimate:
-        step, waits = compiled.estimate, sum(compiled.estimate.waits.values())
-        lines.append(
-            f"  step          {step.seconds:.3g} s, compiler-estimated: {step.compute:.3g} s computing "
-            f"({step.kernels:.3g} s in Pallas kernels), {waits:.3g} s waiting for others"
-        )
+        step, waited = compiled.estimate, sum(compiled.estimate.waits.values())
+        lines += [
+            f"  step          {step.seconds:.3g} s, compiler-estimated; MFU {compiled.mfu:.1%} with causal attention",
+            f"                {step.compute:.3g} s computing ({step.kernels:.3g} s in Pallas kernels), "
+            f"{waited:.3g} s waiting for others",
+        ]
+        for what, seconds in sorted(step.waits.items(), key=lambda wait: -wait[1]):
+            lines.append(f"                {seconds:.3g} s for {what}")
         if step.unpriced:
             lines.append(f"                without what has no known cost: {', '.join(step.unpriced)}")
     if compiled.windowed_einsums:

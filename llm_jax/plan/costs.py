@@ -14,6 +14,7 @@ from llm_jax.model.transformer import Shape
 from llm_jax.parallel.pipeline import bubble_fraction
 from llm_jax.plan.memory import (
     HALF,
+    KEEPING,
     RULES,
     SINGLE,
     Job,
@@ -60,7 +61,7 @@ def model_flops(shape: Shape, sequence_length: int, *, causal: bool) -> float:
         num_moe_layers=shape.num_layers // len(shape.pattern) * shape.pattern.count("moe"),
         num_experts=shape.num_experts, experts_per_token=shape.experts_per_token,
         num_shared_experts=shape.num_shared_experts, expert_width=shape.expert_width,
-        window=shape.window,
+        windows=tuple(map(shape.window_of, shape.pattern)),
     )  # fmt: skip
 
 
@@ -192,19 +193,22 @@ def times(job: Job, topology: Topology, sizes: Sizes) -> Times:
     head = s.width * s.vocab_size
     block = (model_flops(s, 0, causal=True) / 6) - head  # weights that a token meets in the layers
     # Backward each product becomes two. Remat computes products again, but for the last, whose result nobody needs.
-    repeated = (block - _last(s) if remat == "full" else 0) + (block if stages > 1 else 0)
+    up = _up(s)
+    again = {"full": block - _last(s), "gate": s.gated * up, "feed_forward": (1 + s.gated) * up}.get(remat, 0)
+    repeated = again + (block if stages > 1 else 0)
     product_flops = 2 * tokens * (3 * (block + head) + repeated)
 
     # Forward scores and weighted values; backward 4 products, and in the kernel the scores again, there and there.
-    keys = 2 * mean_keys(job.sequence_length, s.window) if kernel == "splash" else job.sequence_length
+    windows = tuple(map(s.window_of, s.pattern))
+    keys = 2 * mean_keys(job.sequence_length, windows) if kernel == "splash" else job.sequence_length
     causal = 2 * s.num_layers * s.num_heads * s.head_width * keys  # both products of a token, forward
     forward, backward = (1, 3.5) if kernel == "splash" else (2, 4)
-    runs = 1 + (remat in ("full", "dots")) + (stages > 1)
+    runs = 1 + (remat == "full" or (remat in KEEPING and kernel != "splash")) + (stages > 1)
     attention_flops = tokens * causal * (forward * runs + backward)
     attention_rate = peak * (ATTENTION * min(1, s.head_width / LANES) if kernel == "splash" else chip.product)
 
     touched = _elementwise(job, kernel)
-    passes = 3 + (remat in ("full", "dots")) + (stages > 1)
+    passes = 3 + (remat == "full" or remat in KEEPING) + (stages > 1)
     elementwise = tokens * touched * passes / bandwidth
     weights = HALF * (gathered(s, sizes, "dense") + gathered(s, sizes, "expert")) * work.layers * work.passes
     operands = passes * (weights + tokens * HALF * _operands(s)) / bandwidth
@@ -234,7 +238,13 @@ def times(job: Job, topology: Topology, sizes: Sizes) -> Times:
 
 def _last(s: Shape) -> int:
     """Weights of the last product of all repetitions of the pattern."""
-    return s.num_layers // len(s.pattern) * s.width * (s.feed_forward_width if s.pattern[-1] == "dense" else 0)
+    return s.num_layers // len(s.pattern) * s.width * (s.feed_forward_width if s.pattern[-1] != "moe" else 0)
+
+
+def _up(s: Shape) -> int:
+    """Weights of w_up, and of w_gate where there is one, of all dense layers."""
+    dense = sum(kind != "moe" for kind in s.pattern) * s.num_layers // len(s.pattern)
+    return dense * s.width * s.feed_forward_width
 
 
 def _elementwise(job: Job, kernel: str) -> float:
@@ -243,7 +253,7 @@ def _elementwise(job: Job, kernel: str) -> float:
     s = job.shape
     elements = 0.0
     for kind in s.pattern:
-        inner = s.feed_forward_width if kind == "dense" else _met(s) * s.expert_width
+        inner = s.feed_forward_width if kind != "moe" else _met(s) * s.expert_width
         elements += 10 * s.width + 2 * (s.num_heads + s.num_kv_heads) * s.head_width + (3 if s.gated else 2) * inner
         if kind == "moe":  # rows copied to their experts and added back
             elements += 4 * s.experts_per_token * s.width
@@ -256,8 +266,8 @@ def _operands(s: Shape) -> float:
     """Elements a token that the products of all layers read and write, forward."""
     elements = 0.0
     for kind in s.pattern:
-        inner = s.feed_forward_width if kind == "dense" else _met(s) * s.expert_width
-        met = 1 if kind == "dense" else _met(s)
+        inner = s.feed_forward_width if kind != "moe" else _met(s) * s.expert_width
+        met = 1 if kind != "moe" else _met(s)
         elements += 2 * s.width + 2 * (s.num_heads + s.num_kv_heads) * s.head_width + 2 * met * s.width + 3 * inner
     return elements * s.num_layers / len(s.pattern)
 

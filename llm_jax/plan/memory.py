@@ -10,6 +10,8 @@ import functools
 import math
 import typing
 
+import jax.numpy as jnp
+
 from llm_jax.config import Config
 from llm_jax.kernels.attention import LANES, choose_implementation
 from llm_jax.kernels.cross_entropy import LOGITS_BYTES
@@ -21,6 +23,7 @@ from llm_jax.training.state import model_shape
 
 RULES = Rules()
 SINGLE, HALF = 4, 2  # bytes of float32, and of bfloat16, in which is computed
+KEEPING = ("dots", "gate", "feed_forward")  # remat policies that keep what some products made
 # Arrays of the parameters' size that an optimizer keeps; adafactor: see moments.
 MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1}
 
@@ -129,8 +132,8 @@ def arrays(shape: Shape) -> tuple[Array, ...]:
             add(s.width)
 
     for kind in s.pattern:
-        add_norm(s.width)
-        add_norm(s.width)
+        for _ in range(4 if s.norm_placement == "both" else 2):
+            add_norm(s.width)
         for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads):
             add(s.width, heads, s.head_width, names=("embed", "heads", None))
             if s.use_qkv_bias:
@@ -143,7 +146,7 @@ def arrays(shape: Shape) -> tuple[Array, ...]:
                 add_norm(s.head_width)
             else:
                 add_norm(heads, s.head_width, names=("heads", None))
-        if kind == "dense":
+        if kind != "moe":
             add_feed_forward(s.feed_forward_width, s.use_bias)
             continue
         add(s.width, s.num_experts, names=("embed", None))
@@ -199,7 +202,7 @@ class Memory:
     gradients: int
     activations: int  # kept from the forward pass for the backward pass
     layer: int  # of the layers in work: gathered weights, their gradients, what is computed again
-    head: int  # gradient of the whole head, from the loss until after the backward pass through the layers
+    head: int  # gradient of the whole head, before it is shared out
     loss: int  # gathered head, logits of one chunk
 
     @property
@@ -209,10 +212,10 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The loss is over before the backward pass through the layers begins to fill the gradients. The gradient of
-        the head is there from the one to the end of the other: the compiler sums it over devices after both."""
-        during = max(self.loss, self.gradients + self.layer)
-        return self.state + self.batch + self.activations + self.head + during
+        """The loss is over, and the gradient of the head shared out, before the backward pass through the layers
+        begins to fill the gradients (see kernels.cross_entropy)."""
+        during = max(self.loss + self.head, self.gradients + self.layer)
+        return self.state + self.batch + self.activations + during
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +245,17 @@ def remat_in_effect(job: Job, sizes: Sizes) -> str:
 
 
 def attention_in_effect(job: Job, sizes: Sizes, topology: Topology | None) -> str:
-    platform = "tpu" if topology is not None and topology.chip.torus else "gpu"
-    return choose_implementation(platform, length=job.sequence_length, length_shards=shards(sizes, "length"))
+    platform = "cpu" if topology is None else "tpu" if topology.chip.torus else "gpu"
+    implementation, _ = choose_implementation(
+        "auto",
+        platform,
+        length=job.sequence_length,
+        length_shards=shards(sizes, "length"),
+        head_width=job.shape.head_width,
+        dtype=jnp.bfloat16,
+        soft_cap=job.shape.attention_soft_cap,
+    )
+    return implementation
 
 
 def memory(job: Job, sizes: Sizes, topology: Topology | None) -> Memory:
@@ -290,12 +302,15 @@ def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | 
         return int(between * work.between)
     for place, kind in enumerate(s.pattern):
         matrices = 2 if s.gated else 1
-        inner = s.feed_forward_width if kind == "dense" else s.num_shared_experts * s.expert_width
+        inner = s.feed_forward_width if kind != "moe" else s.num_shared_experts * s.expert_width
         heads = (s.num_heads + 2 * s.num_kv_heads) * s.head_width
-        if remat == "dots":
-            within += HALF * (heads + matrices * inner) / t
+        if remat in KEEPING:
+            kept = {"dots": matrices, "gate": 1, "feed_forward": 0}[remat]
+            within += HALF * (heads + kept * inner) / t
+            if attention_in_effect(job, sizes, topology) == "splash":
+                within += HALF * s.num_heads * _padded(s.head_width) / t + _scores(job, sizes, topology)
             between += HALF * s.width * (1 if place == len(s.pattern) - 1 else 2)
-            if kind == "moe":
+            if kind == "moe" and remat == "dots":
                 within += SINGLE * s.num_experts
             continue
         # Norms: the input and two products in float32, the result in bfloat16.
@@ -316,9 +331,14 @@ def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | 
 def _scores(job: Job, sizes: Sizes, topology: Topology | None) -> float:
     """Bytes a token, for the backward pass of attention: the logarithm of its sum, or all scores."""
     heads = job.shape.num_heads / shards(sizes, "heads")
-    if attention_in_effect(job, sizes, topology) == "splash":
+    if attention_in_effect(job, sizes, topology) != "reference":
         return SINGLE * heads
     return (2 * SINGLE + HALF + 1) * heads * job.sequence_length  # before and after the softmax, rounded, the mask
+
+
+def _padded(head_width: int) -> int:
+    """As the arrays of splash attention are."""
+    return -(-head_width // LANES) * LANES
 
 
 def _layer_workspace(job: Job, sizes: Sizes, work: Local, topology: Topology | None) -> int:
@@ -326,12 +346,12 @@ def _layer_workspace(job: Job, sizes: Sizes, work: Local, topology: Topology | N
     after its reduction, what was not kept, and of one layer the gradients of its activations."""
     s, t = job.shape, shards(sizes, "heads")
     splash = attention_in_effect(job, sizes, topology) == "splash"
-    head_width = -(-s.head_width // LANES) * LANES if splash else s.head_width  # the kernel's arrays are padded
+    head_width = _padded(s.head_width) if splash else s.head_width
     # The gradients of experts are there as a whole, once more for the chunk in work.
     weights = gathered(s, sizes, "dense") + 2 * largest_gathered(s, sizes) + 3 * gathered(s, sizes, "expert")
     remat, again, gradients = remat_in_effect(job, sizes), 0.0, []
     for kind in s.pattern:
-        inner = s.feed_forward_width if kind == "dense" else s.num_shared_experts * s.expert_width
+        inner = s.feed_forward_width if kind != "moe" else s.num_shared_experts * s.expert_width
         result = HALF * s.num_heads * head_width / t * work.tokens
         attention = 2 * result + HALF * 2 * s.num_kv_heads * head_width / t * work.tokens
         attention += _scores(job, sizes, topology) * work.tokens
@@ -339,9 +359,9 @@ def _layer_workspace(job: Job, sizes: Sizes, work: Local, topology: Topology | N
         projected = (2 if s.gated else 1) * hidden
         if remat == "full":
             again += attention + projected
-        elif remat == "dots":  # what products made has been kept, and what is made of it has not
-            again += result + hidden
-        if remat in ("full", "dots"):
+        elif remat in KEEPING:  # what products made has been kept, and what is made of it has not
+            again += result + {"dots": hidden, "gate": projected, "feed_forward": hidden + projected}[remat]
+        if remat == "full" or remat in KEEPING:
             whole = 2 * HALF * s.width * work.tokens if t > 1 else 0  # inputs of both, gathered over the sequence
             again += HALF * 2 * s.width * work.between + whole
         routed = _experts_workspace(job, sizes, work) if kind == "moe" else 0

@@ -9,6 +9,7 @@ import optax
 
 from llm_jax import config
 from llm_jax.kernels.attention import choose_implementation
+from llm_jax.kernels.matmul import has_fast_bfloat16_on_cpu
 from llm_jax.model.position import RopeScaling
 from llm_jax.model.transformer import Shape, Transformer
 from llm_jax.parallel.sharding import Rules, blocks_gather, num_shards, require_divisible
@@ -27,8 +28,8 @@ class TrainState:
 
 def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -> Shape:
     """The config with every None resolved."""
-    gated = model.activation == "swiglu"
-    # SwiGLU has three matrices for GELU's two: 8/3 keeps the parameters (Shazeer 2020, arXiv:2002.05202, section 2).
+    gated = model.activation != "gelu"
+    # A gate makes three matrices of two: 8/3 keeps the parameters (Shazeer 2020, arXiv:2002.05202, section 2).
     feed_forward_width = -(-8 * model.width // 3 // 32) * 32 if gated else 4 * model.width
     scaling = None
     if model.rope_scaling == "linear":
@@ -49,17 +50,21 @@ def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_width=model.head_width or model.width // model.num_heads,
         feed_forward_width=model.feed_forward_width or feed_forward_width,
-        gated=gated,
+        activation=model.activation,
         layer_norm=model.norm == "layernorm",
         norm_epsilon=model.norm_epsilon,
         position=model.position,
         rope_theta=model.rope_theta,
         rope_scaling=scaling,
+        local_rope_theta=model.local_rope_theta,
         window=model.window,
+        score_width=model.score_width,
+        attention_soft_cap=model.attention_soft_cap,
         use_bias=model.use_bias,
         use_qkv_bias=model.use_bias or model.use_qkv_bias,
         qk_norm=None if not model.qk_norm else "heads" if model.qk_norm_over_heads else "head",
         norm_placement=model.norm_placement,
+        scale_embeddings=model.scale_embeddings,
         tie_embeddings=model.tie_embeddings,
         logit_soft_cap=model.logit_soft_cap,
         pattern=model.pattern,
@@ -71,11 +76,34 @@ def model_shape(model: config.Model, *, vocab_size: int, sequence_length: int) -
     )
 
 
-def compute_dtype(model: config.Model, platform: str) -> jnp.dtype:
-    """float32 on CPU, where bfloat16 is no safe gain: a plain step ran at 0.7 times the speed of float32 with JAX 0.12
-    (6.8M parameters) and at 1.2 times with 0.10.2 (4M parameters)."""
-    name = model.dtype if model.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+def compute_dtype(model: config.Model, mesh: jax.sharding.Mesh) -> jnp.dtype:
+    """That of model.dtype; auto: float32 on CPUs that are not known to be faster in bfloat16, else bfloat16."""
+    if model.dtype != "auto":
+        return jnp.dtype(model.dtype)
+    platform = mesh.devices.flat[0].platform
+    half = platform != "cpu" or (has_fast_bfloat16_on_cpu(mesh) and "moe" not in model.pattern)
+    return jnp.dtype(jnp.bfloat16 if half else jnp.float32)
+
+
+def choose_attention(
+    model: config.Model, shape: Shape, mesh: jax.sharding.Mesh, rules: Rules
+) -> tuple[str, str | None]:
+    """(what computes attention, why it is not the kernel of this platform; None: it is, or was asked for).
+
+    Raises UserError if model.attention names one that cannot serve.
+    """
+    device = mesh.devices.flat[0]
+    return choose_implementation(
+        model.attention,
+        device.platform,
+        length=shape.max_length,
+        length_shards=num_shards(mesh, rules.length),
+        head_width=shape.head_width,
+        dtype=compute_dtype(model, mesh),
+        soft_cap=shape.attention_soft_cap,
+        capability=getattr(device, "compute_capability", None),
+        num_devices=mesh.size,
+    )
 
 
 def make_init(
@@ -95,7 +123,7 @@ def make_init(
     window: config.Spikes.window; ema: whether an average of the parameters is kept. It starts at the first ones;
     rounds: config.Parallel.rounds.
 
-    Raises UserError if a dimension does not divide by its shards.
+    Raises UserError if a dimension does not divide by its shards, or as choose_attention does.
     """
     require_divisible(
         mesh,
@@ -118,10 +146,8 @@ def make_init(
     make_model = functools.partial(
         Transformer,
         shape,
-        attention=choose_implementation(
-            platform, length=shape.max_length, length_shards=num_shards(mesh, rules.length)
-        ),
-        dtype=compute_dtype(model, platform),
+        attention=choose_attention(model, shape, mesh, rules)[0],
+        dtype=compute_dtype(model, mesh),
         unroll=unroll,
         remat=remat,
         rounds=rounds,
