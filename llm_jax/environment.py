@@ -33,6 +33,14 @@ def for_gpu(environment: Mapping[str, str]) -> dict[str, str]:
     return {} if any(environment.get(name) for name in GPU_MEMORY) else {"XLA_CLIENT_MEM_FRACTION": "0.9"}
 
 
+def repeats_exactly(platform: str, environment: Mapping[str, str]) -> bool:
+    """Whether a program gives the same bits each time: kernels for GPUs add up in any order if XLA does not forbid it
+    (https://github.com/openxla/xla/pull/14125)."""
+    flags = environment.get("XLA_FLAGS", "").split()
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    return platform != "gpu" or any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
+
+
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

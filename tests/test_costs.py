@@ -68,11 +68,16 @@ def test_parameters_of_every_config(path):
     assert parameter_count(make_job(conf).shape) == count
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"name": name} for name in ("adamw", "lion", "sgd", "adafactor", "muon")]
+    + [{"name": "muon", "moment_dtype": "bfloat16", "beta1": 0.9, "beta2": 0.95}],
+    ids=str,
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_state_on_one_device(model, optimizer):
     conf = given(MODELS[model], ema_decay=0.9)
-    conf.optimizer.name = optimizer
+    conf.optimizer = dataclasses.replace(conf.optimizer, **optimizer)
     state, found = (
         real_state(conf, make_mesh(Parallel(), jax.devices()[:1])),
         memory.memory(make_job(conf), Sizes(), None),

@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax._src import compiler
 
-from llm_jax.environment import GPU_MEMORY, SETTING, for_gpu, for_malloc, has_gpu
+from llm_jax.environment import GPU_MEMORY, SETTING, for_gpu, for_malloc, has_gpu, repeats_exactly
 
 
 def test_a_run_gets_most_of_a_gpu_s_memory():
@@ -28,6 +28,21 @@ def test_gpus_are_those_that_jax_may_take(tmp_path, platforms, found):
     assert not has_gpu({"JAX_PLATFORMS": platforms}, str(device))
     device.touch()
     assert has_gpu({"JAX_PLATFORMS": platforms}, str(device)) == found
+
+
+@pytest.mark.parametrize(
+    "platform, flags, repeats",
+    [
+        ("cpu", "", True),
+        ("tpu", "", True),
+        ("gpu", "", False),
+        ("gpu", "--xla_gpu_deterministic_ops=false", False),
+        ("gpu", "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true", True),
+        ("gpu", "--xla_gpu_exclude_nondeterministic_ops", True),
+    ],
+)
+def test_gpus_repeat_an_update_only_if_told_to(platform, flags, repeats):
+    assert repeats_exactly(platform, {"XLA_FLAGS": flags}) == repeats
 
 
 def test_jax_keeps_autotuning_results_in_its_compilation_cache():

@@ -14,7 +14,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"flags", "environment"},
+    {"flags"},
     {"jobs"},
     {"plan", "report"},
     {"interop"},
@@ -22,7 +22,7 @@ FLOORS = [
     {"model"},
     {"kernels"},
     {"parallel"},
-    {"config"},
+    {"config", "environment"},
 ]
 RANK = {room: rank for rank, floor in enumerate(FLOORS) for room in floor}
 MESH_AXES = {"replica", "stage", "fsdp", "expert", "context", "tensor"}

@@ -177,7 +177,7 @@ def text(found: Estimate, result: dict, by_compiler: Compiled | None = None) -> 
         *_table([
             ("matrix products", _figure(times.products), f"at {chip.product:.0%} of the peak"),
             ("attention", _figure(times.attention), f"at {ATTENTION:.0%} of the peak"
-                if result["attention"] == "splash" else "scores are written to memory: see elementwise"),
+                if result["attention"] != "reference" else "scores are written to memory: see elementwise"),
             ("elementwise", _figure(times.elementwise), "memory bound"),
             ("optimizer", _figure(times.optimizer), "memory bound"),
             *([("pipeline bubble", _figure(times.bubble), "")] if times.bubble else []),

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import Config, RunFailed, UserError, dumps
 from llm_jax.data.stream import HeldOut
+from llm_jax.environment import repeats_exactly
 from llm_jax.jobs import evaluate as evaluation
 from llm_jax.jobs.evaluate import make_evaluate
 from llm_jax.jobs.generate import generate
@@ -53,6 +55,12 @@ def run(config: Config, workdir: str, as_json: bool = False, **processes) -> int
         stack.callback(watchdog.close)
         start(config, saves_on_sigterm=True, **processes)
         watchdog.process = jax.process_index()
+        repeats = repeats_exactly(jax.devices()[0].platform, os.environ)
+        if config.checkpoint.recompute_every and not repeats:
+            raise UserError(
+                f"checkpoint.recompute_every={config.checkpoint.recompute_every} compares updates bit for bit, which "
+                "GPUs repeat only with XLA_FLAGS=--xla_gpu_deterministic_ops=true; set it, or leave the field out"
+            )
         if hosts.is_first():
             work.claim(config)
         else:

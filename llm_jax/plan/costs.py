@@ -198,14 +198,17 @@ def times(job: Job, topology: Topology, sizes: Sizes) -> Times:
     repeated = again + (block if stages > 1 else 0)
     product_flops = 2 * tokens * (3 * (block + head) + repeated)
 
-    # Forward scores and weighted values; backward 4 products, and in the kernel the scores again, there and there.
+    # Forward scores and weighted values; backward 4 products, and in the kernels 3 more: splash computes scores and
+    # their gradients for queries and keys apart, cuDNN's scores again and its forward pass.
+    by_blocks = kernel != "reference"
     windows = tuple(map(s.window_of, s.pattern))
-    keys = 2 * mean_keys(job.sequence_length, windows) if kernel == "splash" else job.sequence_length
+    keys = 2 * mean_keys(job.sequence_length, windows) if by_blocks else job.sequence_length
     causal = 2 * s.num_layers * s.num_heads * s.head_width * keys  # both products of a token, forward
-    forward, backward = (1, 3.5) if kernel == "splash" else (2, 4)
-    runs = 1 + (remat == "full" or (remat in KEEPING and kernel != "splash")) + (stages > 1)
+    forward, backward = (1, 3.5) if by_blocks else (2, 4)
+    runs = 1 + (remat == "full" or (remat in KEEPING and not by_blocks)) + (stages > 1)
     attention_flops = tokens * causal * (forward * runs + backward)
-    attention_rate = peak * (ATTENTION * min(1, s.head_width / LANES) if kernel == "splash" else chip.product)
+    narrow = min(1, s.head_width / LANES) if kernel == "splash" else 1
+    attention_rate = peak * (ATTENTION * narrow if by_blocks else chip.product)
 
     touched = _elementwise(job, kernel)
     passes = 3 + (remat == "full" or remat in KEEPING) + (stages > 1)

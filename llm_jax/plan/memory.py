@@ -13,7 +13,7 @@ import typing
 import jax.numpy as jnp
 
 from llm_jax.config import Config
-from llm_jax.kernels.attention import LANES, choose_implementation
+from llm_jax.kernels.attention import LANES, choose_implementation, max_documents
 from llm_jax.kernels.cross_entropy import LOGITS_BYTES
 from llm_jax.model.moe import CHUNK_SHARES
 from llm_jax.model.transformer import Shape
@@ -24,8 +24,8 @@ from llm_jax.training.state import model_shape
 RULES = Rules()
 SINGLE, HALF = 4, 2  # bytes of float32, and of bfloat16, in which is computed
 KEEPING = ("dots", "gate", "feed_forward")  # remat policies that keep what some products made
-# Arrays of the parameters' size that an optimizer keeps; adafactor: see moments.
-MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1}
+# Arrays that an optimizer keeps, of the size of the matrices of the layers, and of all else; adafactor: see moments.
+MOMENTS = {"adamw": (2, 2), "lion": (1, 1), "sgd": (1, 1), "muon": (1, 2)}
 
 
 class Sizes(typing.NamedTuple):
@@ -57,6 +57,7 @@ class Job:
     remat: str
     rounds: int
     optimizer: str
+    moment_bytes: int  # of an element
     ema: bool
     loss_chunk: int | None
 
@@ -80,6 +81,7 @@ def make_job(config: Config, vocab_size: int | None = None) -> Job:
         remat=config.model.remat,
         rounds=config.parallel.rounds,
         optimizer=config.optimizer.name,
+        moment_bytes=jnp.dtype(config.optimizer.moment_dtype).itemsize,
         ema=train.ema_decay is not None,
         loss_chunk=train.loss_chunk,
     )
@@ -106,6 +108,11 @@ class Array:
     @property
     def is_weight(self) -> bool:
         return any(self.names)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Of a layer, but no router: what training.optimizer.MATRICES names."""
+        return self.layers > 0 and sum(name is not None for name in self.names) > 1
 
 
 @functools.cache
@@ -285,9 +292,12 @@ def memory(job: Job, sizes: Sizes, topology: Topology | None) -> Memory:
 def moments(job: Job, sizes: Sizes) -> int:
     """Bytes that the optimizer keeps. Adafactor: of what has two dimensions of 32 or more a row and a column, which are
     not sharded, and all of the rest (see training.optimizer)."""
-    if job.optimizer in MOMENTS:
-        return SINGLE * MOMENTS[job.optimizer] * stored_elements(job.shape, sizes)
     elements = 0
+    if job.optimizer in MOMENTS:
+        of_matrix, of_other = MOMENTS[job.optimizer]
+        for array in arrays(job.shape):
+            elements += (of_matrix if array.is_matrix else of_other) * array.local(sizes)
+        return job.moment_bytes * elements
     for array in arrays(job.shape):
         *_, second, largest = sorted((1, array.layers or 1, *array.dims))
         elements += array.size // largest + array.size // second if second >= 32 else array.local(sizes)
@@ -297,6 +307,9 @@ def moments(job: Job, sizes: Sizes) -> int:
 def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | None) -> int:
     """Bytes that a repetition of the pattern leaves for its backward pass: see model.transformer.REMATS."""
     s, t = job.shape, shards(sizes, "heads")
+    kernel = attention_in_effect(job, sizes, topology)
+    # The forward pass of cuDNN's kernel runs once more instead.
+    log_sums = 0 if kernel == "cudnn" else _scores(job, sizes, kernel)
     between, within = HALF * s.width, 0.0  # the input, which the scan keeps
     if remat == "full":
         return int(between * work.between)
@@ -307,8 +320,8 @@ def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | 
         if remat in KEEPING:
             kept = {"dots": matrices, "gate": 1, "feed_forward": 0}[remat]
             within += HALF * (heads + kept * inner) / t
-            if attention_in_effect(job, sizes, topology) == "splash":
-                within += HALF * s.num_heads * _padded(s.head_width) / t + _scores(job, sizes, topology)
+            if kernel != "reference":
+                within += HALF * s.num_heads * _head_width(s, kernel) / t + log_sums
             between += HALF * s.width * (1 if place == len(s.pattern) - 1 else 2)
             if kind == "moe" and remat == "dots":
                 within += SINGLE * s.num_experts
@@ -319,7 +332,7 @@ def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | 
         if s.qk_norm:
             within += norm * (s.num_heads + s.num_kv_heads) * s.head_width / t
         within += HALF * (heads + s.num_heads * s.head_width) / t
-        within += _scores(job, sizes, topology) + 4 * SINGLE * s.head_width / 2 * (s.position == "rope")
+        within += log_sums + 4 * SINGLE * s.head_width / 2 * (s.position == "rope")
         # Gated: gate, up, three within the SiLU and their product.
         within += HALF * (6 if s.gated else 4) * inner / t
         if kind == "moe":
@@ -328,25 +341,26 @@ def _kept(job: Job, sizes: Sizes, work: Local, remat: str, topology: Topology | 
     return int(between * work.between + within * work.tokens) + HALF * weights
 
 
-def _scores(job: Job, sizes: Sizes, topology: Topology | None) -> float:
-    """Bytes a token, for the backward pass of attention: the logarithm of its sum, or all scores."""
+def _scores(job: Job, sizes: Sizes, kernel: str) -> float:
+    """Bytes a token, for the backward pass of attention: the logarithm of its sum, or all scores. cuDNN's kernel has
+    room for a sum in each document that a row may have."""
     heads = job.shape.num_heads / shards(sizes, "heads")
-    if attention_in_effect(job, sizes, topology) != "reference":
-        return SINGLE * heads
+    if kernel != "reference":
+        return SINGLE * heads * (max_documents(job.sequence_length) if kernel == "cudnn" else 1)
     return (2 * SINGLE + HALF + 1) * heads * job.sequence_length  # before and after the softmax, rounded, the mask
 
 
-def _padded(head_width: int) -> int:
-    """As the arrays of splash attention are."""
-    return -(-head_width // LANES) * LANES
+def _head_width(shape: Shape, kernel: str) -> int:
+    """Of the kernel's arrays: splash attention pads them."""
+    return -(-shape.head_width // LANES) * LANES if kernel == "splash" else shape.head_width
 
 
 def _layer_workspace(job: Job, sizes: Sizes, work: Local, topology: Topology | None) -> int:
     """The backward pass of one repetition of the pattern: its gathered weights, the gradient of one of them before and
     after its reduction, what was not kept, and of one layer the gradients of its activations."""
     s, t = job.shape, shards(sizes, "heads")
-    splash = attention_in_effect(job, sizes, topology) == "splash"
-    head_width = _padded(s.head_width) if splash else s.head_width
+    kernel = attention_in_effect(job, sizes, topology)
+    head_width = _head_width(s, kernel)
     # The gradients of experts are there as a whole, once more for the chunk in work.
     weights = gathered(s, sizes, "dense") + 2 * largest_gathered(s, sizes) + 3 * gathered(s, sizes, "expert")
     remat, again, gradients = remat_in_effect(job, sizes), 0.0, []
@@ -354,7 +368,7 @@ def _layer_workspace(job: Job, sizes: Sizes, work: Local, topology: Topology | N
         inner = s.feed_forward_width if kind != "moe" else s.num_shared_experts * s.expert_width
         result = HALF * s.num_heads * head_width / t * work.tokens
         attention = 2 * result + HALF * 2 * s.num_kv_heads * head_width / t * work.tokens
-        attention += _scores(job, sizes, topology) * work.tokens
+        attention += _scores(job, sizes, kernel) * work.tokens
         hidden = HALF * inner / t * work.tokens
         projected = (2 if s.gated else 1) * hidden
         if remat == "full":
