@@ -119,11 +119,14 @@ class Idle(Setup):
         # Those of an untrained model, or the run would refuse them.
         values["loss"] = jnp.asarray(math.log(self.shape.vocab_size), jnp.float32)
         values["gradient_norms"] = jax.tree.map(jnp.ones_like, values["gradient_norms"])
+        structure = jax.tree.structure(state)
 
-        def count(state, batch):
-            return dataclasses.replace(state, step=state.step + 1), jax.tree.map(jnp.copy, values)
+        def count(leaves, batch):
+            state = jax.tree.unflatten(structure, leaves)
+            state = dataclasses.replace(state, step=state.step + 1)
+            return jax.tree.leaves(state), jax.tree.map(jnp.copy, values)
 
-        return jax.jit(count, donate_argnames="state").lower(state, self.batch(0)).compile()
+        return jax.jit(count, donate_argnames="leaves").lower(jax.tree.leaves(state), self.batch(0)).compile()
 
     def batches(self, first_step: int, rewinds) -> Iterator[dict[str, jax.Array]]:
         batch, Idle.marks = self.batch(0), []

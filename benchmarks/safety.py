@@ -48,6 +48,7 @@ from llm_jax.safety.digest import examine
 from llm_jax.safety.watchdog import Watchdog
 from llm_jax.training.losses import Weights
 from llm_jax.training.schedule import make_schedule
+from llm_jax.training.state import TrainState, abstract_state
 from llm_jax.training.step import train_step
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
@@ -117,8 +118,8 @@ def overhead(folder: pathlib.Path, config: Config, prepared: Prepared) -> tuple[
     """
     short = Setup(config, prepared)
     calls, close = loop(folder, config, short)
-    states = {name: jax.jit(short.init)() for name in ("bare", "guarded")}
-    short_updates, short_batch = compiled(short, states), short.batch(0)
+    states = {name: jax.tree.leaves(jax.jit(short.init)()) for name in ("bare", "guarded")}
+    short_updates, short_batch = compiled(short), short.batch(0)
     seconds = short_steps(short_updates, states, short_batch, calls)
     in_step = [guarded - bare for bare, guarded in zip(seconds["bare"], seconds["guarded"], strict=True)]
     both = statistics.median(seconds["calls"]) + statistics.median(in_step)
@@ -128,7 +129,7 @@ def overhead(folder: pathlib.Path, config: Config, prepared: Prepared) -> tuple[
     train = dataclasses.replace(config.train, batch_size=times * config.train.batch_size)
     train.microbatches = 1 if jax.default_backend() == "cpu" else times
     setup = Setup(dataclasses.replace(config, train=train), prepared)
-    updates = compiled(setup, states)
+    updates = compiled(setup)
     blocks = long_steps(updates, states, setup.batch(0), calls)
     close()
 
@@ -219,15 +220,17 @@ def loop(folder: pathlib.Path, config: Config, setup: Setup) -> tuple[Callable[[
     return calls, close
 
 
-def compiled(setup: Setup, states: dict) -> dict:
-    return {"bare": compile_bare(setup, states["bare"]), "guarded": setup.compile(states["guarded"])}
+def compiled(setup: Setup) -> dict:
+    state = abstract_state(setup.init, setup.mesh)
+    return {"bare": compile_bare(setup, state), "guarded": setup.compile(state)}
 
 
-def compile_bare(setup: Setup, state):
+def compile_bare(setup: Setup, state: TrainState):
     """The update without its guards: what is computed for them alone is not returned, so XLA leaves it out."""
-    config = setup.config
+    config, structure = setup.config, jax.tree.structure(state)
 
-    def update(state, batch):
+    def update(leaves, batch):
+        state = jax.tree.unflatten(structure, leaves)
         after, metrics = train_step(
             state,
             batch,
@@ -243,9 +246,9 @@ def compile_bare(setup: Setup, state):
             ema_decay=None,
         )
         plain = {name: metrics[name] for name in ("loss", "tokens", "grad_norm", "learning_rate")}
-        return dataclasses.replace(after, history=state.history), plain
+        return jax.tree.leaves(dataclasses.replace(after, history=state.history)), plain
 
-    return jax.jit(update, donate_argnums=0).lower(state, setup.batch(0)).compile()
+    return jax.jit(update, donate_argnums=0).lower(jax.tree.leaves(state), setup.batch(0)).compile()
 
 
 def saves(folder: pathlib.Path) -> dict:

@@ -95,13 +95,13 @@ class Training:
         program = Program(resolved, vocabulary)
         with jax.set_mesh(program.mesh):
             begin = time.perf_counter()
-            self.state = jax.jit(program.init)()
-            jax.block_until_ready(self.state)
+            state = jax.block_until_ready(jax.jit(program.init)())
             initialized = time.perf_counter()
-            lowered = program.lower(self.state)
+            lowered = program.lower(state)
             traced = time.perf_counter()
             self.update = lowered.compile()
             compiled = time.perf_counter()
+        self.leaves = jax.tree.leaves(state)
         shape = (BATCHES, train.batch_size, train.sequence_length + 1)
         rows = np.random.default_rng(train.seed).integers(0, vocabulary, shape, np.int32)
         places = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape[1:])
@@ -114,7 +114,7 @@ class Training:
         self.count = 0
         self.steps(1)
         device = jax.local_devices()[0]
-        dtype = self.state.parameters.dtype
+        dtype = state.parameters.dtype
         peak = peak_flops(device, dtype)
         flops = {name: model_flops(program.shape, train.sequence_length, causal=name == "causal") for name in COUNTED}
         analysis = self.update.memory_analysis()
@@ -122,7 +122,7 @@ class Training:
             "initialize": initialized - begin,
             "trace": traced - initialized,
             "compile": compiled - traced,
-            "parameters": parameter_count(self.state.parameters),
+            "parameters": parameter_count(state.parameters),
             "dtype": str(jnp.dtype(dtype)),
             "device": f"{program.mesh.size} x {device.device_kind}",
             "platform": device.platform,
@@ -137,7 +137,7 @@ class Training:
         """As the loop of a run: the next update is given to the device while this one runs; one wait at the end."""
         begin, cpu = time.perf_counter(), time.process_time()
         for _ in range(count):
-            self.state, metrics = self.update(self.state, self.batches[self.count % BATCHES])
+            self.leaves, metrics = self.update(self.leaves, self.batches[self.count % BATCHES])
             self.count += 1
         loss = float(metrics["loss"])  # waits
         return {

@@ -22,7 +22,6 @@ from llm_jax.measure import goodput as ledger
 from llm_jax.measure import metrics
 from llm_jax.safety.checkpoint import Checkpoints
 from llm_jax.safety.rewinds import Rewinds
-from llm_jax.safety.structure import named_leaves
 
 SHOWN_CHARACTERS = 72  # of a text in a table
 
@@ -59,9 +58,9 @@ def step(config: Config, workdir: str, as_json: bool = False, step: int | None =
         else:
             state, first = setup.restore_or_init(saved, rewinds, before)
         update = setup.compile(state)
-        values = {}
+        leaves, values = jax.tree.leaves(state), {}
         for number in range(first, step):
-            state, values = update(state, setup.batch(rewinds.batch_number(number)))
+            leaves, values = update(leaves, setup.batch(rewinds.batch_number(number)))
     result = {
         "step": step,
         "replayed_from": first,
@@ -70,7 +69,7 @@ def step(config: Config, workdir: str, as_json: bool = False, step: int | None =
         "spike": bool(values["spike"]),
         "as_recorded": recorded and all(recorded[k] == float(values[k]) for k in ("loss", "grad_norm")),
         **{
-            key: {name: np.asarray(norms).tolist() for name, norms in named_leaves(values[key]).items()}
+            key: {name: np.asarray(norms).tolist() for name, norms in values[key].items()}
             for key in ("gradient_norms", "parameter_norms")
         },
     }

@@ -21,7 +21,6 @@ from llm_jax.plan.costs import model_flops
 from llm_jax.safety.guards import check_first_step
 from llm_jax.safety.recorder import Recorder
 from llm_jax.safety.rewinds import Rewind
-from llm_jax.safety.structure import named_leaves
 from llm_jax.training.state import compute_dtype
 
 
@@ -160,7 +159,7 @@ class Record:
         norms = {}
         if metrics is not None:
             norms = {
-                key: {name: np.asarray(leaf).tolist() for name, leaf in named_leaves(metrics[key]).items()}
+                key: {name: np.asarray(norm).tolist() for name, norm in metrics[key].items()}
                 for key in ("gradient_norms", "parameter_norms")
             }
         replay = shlex.join(["llm-jax", "inspect", "step", f"--workdir={self.work.name}", f"--step={step}"])

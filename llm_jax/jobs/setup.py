@@ -30,6 +30,7 @@ from llm_jax.parallel.sharding import (
 from llm_jax.plan.search import choose
 from llm_jax.safety.checkpoint import Checkpoints
 from llm_jax.safety.rewinds import Rewinds
+from llm_jax.safety.structure import named_leaves
 from llm_jax.training.losses import Weights
 from llm_jax.training.optimizer import make_optimizer
 from llm_jax.training.schedule import make_schedule
@@ -86,9 +87,13 @@ class Program:
         self.batch_sharding = jax.NamedSharding(self.mesh, self.rules.spec("batch", None))
 
     def lower(self, state: TrainState) -> jax.stages.Lowered:
-        """The update (state, batch) -> (state, metrics), for a state of these types. The given one is overwritten."""
-        config = self.config
-        update = functools.partial(
+        """The update (leaves of a state, batch) -> (leaves of the next one, metrics), for a state of these types. The
+        given leaves are overwritten. See training.step; its norms are here by the names of the parameters.
+
+        Leaves, as JAX would take a millisecond a step to take modules apart and to put them together.
+        """
+        config, structure = self.config, jax.tree.structure(state)
+        step = functools.partial(
             train_step,
             optimizer=self.optimizer,
             schedule=make_schedule(config.optimizer, config.train.steps),
@@ -108,7 +113,13 @@ class Program:
         shape = (config.train.batch_size, config.train.sequence_length + 1)
         row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         batch = {"tokens": row, "segments": row, "positions": row}
-        return jax.jit(update, donate_argnames="state").lower(state, batch)
+
+        def update(leaves: list[jax.Array], batch: dict) -> tuple[list[jax.Array], dict]:
+            after, metrics = step(jax.tree.unflatten(structure, leaves), batch)
+            norms = {name: named_leaves(metrics[name]) for name in ("gradient_norms", "parameter_norms")}
+            return jax.tree.leaves(after), metrics | norms
+
+        return jax.jit(update, donate_argnames="leaves").lower(jax.tree.leaves(state), batch)
 
 
 class Setup(Program):

@@ -143,9 +143,12 @@ def train(
                 raise
             record.say(f"WARNING: {error}; the run goes on and tries again at the next save")
 
+    def current() -> TrainState:
+        return jax.tree.unflatten(structure, leaves)
+
     def save(step: int, held_out_loss: float | None) -> None:
         record.flush()  # the record reaches as far as the checkpoint, and holds no NaN
-        checkpoints.save(step, items(state), setup.origin(rewinds), held_out_loss)
+        checkpoints.save(step, items(current()), setup.origin(rewinds), held_out_loss)
         sections.ledger.saved(step)
 
     with preemption.leaving_at_once(leave):  # nothing would be lost
@@ -166,6 +169,8 @@ def train(
                 result = evaluate(state.parameters, held_out, config.evaluate.subset, proceed=sections.progress)
                 record.evaluation(first_step, result)
 
+    leaves, structure = jax.tree.flatten(state)
+    del state  # the next update overwrites it
     while True:
         step, batches, preempted = first_step, setup.batches(first_step, rewinds), False
         sections.enter("step")
@@ -174,9 +179,9 @@ def train(
                 with sections("data"):
                     batch = next(batches)
                 if config.checkpoint.recompute_every and step % config.checkpoint.recompute_every == 0:
-                    state, metrics = repeated(update, state, batch, step)
+                    leaves, metrics = repeated(update, leaves, structure, batch, step)
                 else:
-                    state, metrics = update(state, batch)
+                    leaves, metrics = update(leaves, batch)
                 record.training(step, metrics)
                 with may_fail():
                     checkpoints.check()
@@ -188,7 +193,7 @@ def train(
                     with sections("evaluation"):
                         record.flush()
                         result = evaluate(
-                            state.parameters,
+                            current().parameters,
                             held_out,
                             config.evaluate.subset,
                             proceed=lambda: sections.progress() and not preemption.reached(),
@@ -220,7 +225,7 @@ def train(
             if len(rewinds.done) >= config.spikes.limit:
                 checkpoints.close(verify=False)
                 raise RunFailed(f"{spike}: spikes.limit={config.spikes.limit} rewinds have been made") from spike
-            del state
+            del leaves
             with sections("restore"):
                 with may_fail():
                     checkpoints.wait()
@@ -228,6 +233,8 @@ def train(
                 if hosts.is_first():  # before the checkpoints of the path that is left are removed
                     work.push(work.rewinds)
                 state, first_step = setup.restore_or_init(checkpoints, rewinds)
+                leaves = jax.tree.leaves(state)
+                del state
             sections.ledger.goes_on_from(first_step)
             record.rewound(rewinds.done[-1], first_step)
             continue
@@ -244,16 +251,22 @@ def train(
         with sections("checkpoint"):
             checkpoints.close()
         record.close()
-        return state
+        return current()
 
 
-def repeated(update: Callable, state: TrainState, batch: dict, step: int) -> tuple[TrainState, dict]:
+def repeated(
+    update: Callable, leaves: list[jax.Array], structure: jax.tree_util.PyTreeDef, batch: dict, step: int
+) -> tuple[list[jax.Array], dict]:
     """The update, made twice: bits that differ, there or between the copies of a parameter, mean failing hardware."""
-    again, _ = update(jax.tree.map(jnp.copy, state), batch)
-    expected = digests(named_leaves(items(again)))
+
+    def named(leaves):
+        return named_leaves(items(jax.tree.unflatten(structure, leaves)))
+
+    again, _ = update(list(map(jnp.copy, leaves)), batch)
+    expected = digests(named(again))
     del again
-    state, metrics = update(state, batch)
-    arrays = named_leaves(items(state))
+    leaves, metrics = update(leaves, batch)
+    arrays = named(leaves)
     found = digests(arrays)
     wrong = [f"{name}: repeated, the update gives other bits" for name in found if found[name] != expected[name]]
     wrong += replicas.disagreeing(arrays)
@@ -262,7 +275,7 @@ def repeated(update: Callable, state: TrainState, batch: dict, step: int) -> tup
             f"step {step} was computed wrongly by this hardware, and the checkpoints are from before: "
             + ("; ".join(wrong[:8]) or "another process tells what differs")
         )
-    return state, metrics
+    return leaves, metrics
 
 
 def go_back(spike: int, checkpoints: Checkpoints, config: Config) -> Rewind:
