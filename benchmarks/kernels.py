@@ -25,9 +25,10 @@ from facts import HERE, spread, write
 from llm_jax import config as configs
 from llm_jax.config import Config, Parallel, UserError, to_dict
 from llm_jax.flags import load_config_file, override
-from llm_jax.kernels.attention import attention, choose_implementation, reference_attention
+from llm_jax.kernels.attention import attention, choose_implementation
 from llm_jax.kernels.cross_entropy import cross_entropy, reference_cross_entropy
 from llm_jax.kernels.matmul import matmul
+from llm_jax.kernels.reference_attention import reference_attention
 from llm_jax.model.norm import Norm
 from llm_jax.model.transformer import Shape
 from llm_jax.parallel.sharding import Rules, make_mesh

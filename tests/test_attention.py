@@ -13,14 +13,10 @@ from jax.experimental import topologies
 from tiny_model import RULES, make_mesh
 
 from llm_jax import config
-from llm_jax.kernels import attention as kernels
-from llm_jax.kernels.attention import (
-    attention,
-    reference_attention,
-    splash_attention,
-    supports_splash,
-    zigzag,
-)
+from llm_jax.kernels import splash_attention as kernels
+from llm_jax.kernels.attention import attention
+from llm_jax.kernels.reference_attention import reference_attention
+from llm_jax.kernels.splash_attention import splash_attention, supports_splash, zigzag
 from llm_jax.parallel import sharding
 
 

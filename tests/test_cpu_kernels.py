@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_model import FAST, RULES, make_mesh
 
 from llm_jax.kernels import matmul as matmul_module
-from llm_jax.kernels.attention import reference_attention
 from llm_jax.kernels.cpu_attention import cpu_attention
 from llm_jax.kernels.matmul import has_fast_bfloat16_on_cpu, matmul
+from llm_jax.kernels.reference_attention import reference_attention
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
 

@@ -17,14 +17,10 @@ from hypothesis import strategies as st
 from tiny_model import RULES, make_mesh
 
 from llm_jax.config import UserError
-from llm_jax.kernels import attention as kernels
-from llm_jax.kernels.attention import (
-    attention,
-    choose_implementation,
-    cudnn_attention,
-    documents,
-    reference_attention,
-)
+from llm_jax.kernels import cudnn_attention as kernels
+from llm_jax.kernels.attention import attention, choose_implementation
+from llm_jax.kernels.cudnn_attention import cudnn_attention, documents
+from llm_jax.kernels.reference_attention import reference_attention
 from llm_jax.model.transformer import REMATS
 
 

@@ -10,7 +10,8 @@ import pytest
 from tiny_model import FAST, LENGTH, VOCAB_SIZE, make_mesh, make_model, model_maker, packed_rows, put
 
 from llm_jax.config import Config, Model, UserError, validate
-from llm_jax.kernels.attention import reference_attention, splash_attention, zigzag
+from llm_jax.kernels.reference_attention import reference_attention
+from llm_jax.kernels.splash_attention import splash_attention, zigzag
 from llm_jax.model import decoding
 from llm_jax.model.decoding import Sampling
 from llm_jax.model.position import RopeScaling

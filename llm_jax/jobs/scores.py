@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llm_jax.kernels.attention import LANES
+from llm_jax.kernels.splash_attention import LANES
 from llm_jax.model.transformer import Transformer
 from llm_jax.parallel.sharding import global_rows, num_shards
 from llm_jax.training.losses import token_losses

@@ -31,7 +31,7 @@ def supports_blocks(*, num_devices: int, soft_cap: float | None) -> str | None:
 def cpu_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array, window: int | None = None
 ) -> jax.Array:
-    """What kernels.attention.reference_attention computes where queries and keys are the same positions.
+    """What reference_attention computes where queries and keys are the same positions.
 
     To be called under a mesh of one device.
     """

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llm_jax.kernels.attention import RESULTS
+from llm_jax.kernels.splash_attention import RESULTS
 from llm_jax.model.attention import Attention
 from llm_jax.model.feed_forward import FeedForward
 from llm_jax.model.moe import MixtureOfExperts

@@ -8,7 +8,7 @@ D width, N heads, K key/value heads, H head width, F feed-forward width, V vocab
 
 import dataclasses
 
-from llm_jax.kernels.attention import LANES
+from llm_jax.kernels.splash_attention import LANES
 from llm_jax.measure.flops import flops_per_token, mean_keys
 from llm_jax.model.transformer import Shape
 from llm_jax.parallel.pipeline import bubble_fraction

@@ -13,8 +13,10 @@ import typing
 import jax.numpy as jnp
 
 from llm_jax.config import Config
-from llm_jax.kernels.attention import LANES, choose_implementation, max_documents
+from llm_jax.kernels.attention import choose_implementation
 from llm_jax.kernels.cross_entropy import LOGITS_BYTES
+from llm_jax.kernels.cudnn_attention import max_documents
+from llm_jax.kernels.splash_attention import LANES
 from llm_jax.model.moe import CHUNK_SHARES
 from llm_jax.model.transformer import Shape
 from llm_jax.parallel.sharding import Rules

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from llm_jax.config import REMATS, Config, Parallel, UserError
-from llm_jax.kernels.attention import LANES
+from llm_jax.kernels.splash_attention import LANES
 from llm_jax.parallel.chips import Chip
 from llm_jax.parallel.sharding import AXES, Rules, mesh_sizes, require_balanced, require_divisible
 from llm_jax.plan.costs import Estimate, estimate

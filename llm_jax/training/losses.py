@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.kernels.attention import zigzag
 from llm_jax.kernels.cross_entropy import cross_entropy, token_statistics
+from llm_jax.kernels.splash_attention import zigzag
 from llm_jax.model import moe
 from llm_jax.model.transformer import Shape, Transformer
 from llm_jax.parallel.sharding import Rules, num_shards
