@@ -122,7 +122,7 @@ def test_training_is_that_of_a_run(load, monkeypatch, tmp_path):
     first = side.steps(1)["loss"]
     assert abs(first - math.log(config.tokenizer.vocab_size)) < 0.5
     assert side.steps(8)["loss"] < first  # the same batches again
-    assert int(side.state.step) == 10 and side.memory() > 1e6
+    assert int(side.leaves[0]) == 10 and side.memory() > 1e6
 
 
 def test_summary_of_training(load):
