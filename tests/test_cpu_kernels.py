@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_model import FAST, RULES, make_mesh
 
@@ -15,7 +15,7 @@ from llm_jax.kernels.cpu_attention import cpu_attention
 from llm_jax.kernels.matmul import has_fast_bfloat16_on_cpu, matmul
 from llm_jax.kernels.reference_attention import reference_attention
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value of an array, and at least a tenth of all
 
 
 def normal(seed, shape, dtype):
@@ -23,10 +23,13 @@ def normal(seed, shape, dtype):
 
 
 def assert_close(found, expected, dtype):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    largest = max(float(jnp.abs(b.astype(jnp.float32)).max()) for b in expected)
+    for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.abs(a - b).max() <= TOLERANCE[dtype] * max(0.1, np.abs(b).max())
+        # Not of the array alone: with a window of 1 the gradient of the queries is a sum of terms that cancel.
+        assert np.abs(a - b).max() <= TOLERANCE[dtype] * max(0.1 * largest, np.abs(b).max())
 
 
 @pytest.mark.parametrize("sizes, contracted", [((2, 5, 12, 3, 4), 1), ((2, 5, 3, 4, 12), 2), ((7, 12, 8), 1)])
@@ -70,7 +73,8 @@ def test_bfloat16_only_where_it_is_known_to_be_faster(monkeypatch):
     assert not has_fast_bfloat16_on_cpu(make_mesh())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
+@example(length=128, heads=(4, 2), window=1, dtype="float32", seed=1)
 @given(
     length=st.sampled_from([1, 5, 128, 130, 300]),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
