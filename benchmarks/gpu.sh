@@ -118,11 +118,11 @@ llama=(
   --config=configs/llama_1b.py --config.model.num_layers=24 --config.model.num_heads=16 --config.model.num_kv_heads=16
   --config.model.head_width=128 --config.model.feed_forward_width=5632 --config.model.tie_embeddings=false
   --config.tokenizer.vocab_size=50304 --config.train.sequence_length=1024 --config.train.batch_size=32
-  --config.model.remat=none
+  --config.model.remat=none --config.train.microbatches=1 --config.train.loss_chunk=none
 )
 large=(
   --config=configs/llama_8b.py --config.train.sequence_length=4096 --config.train.batch_size=2 --config.model.remat=full
-  --config.optimizer.moment_dtype=bfloat16
+  --config.optimizer.moment_dtype=bfloat16 --config.train.loss_chunk=none
 )
 
 # Right? Documents as in text, one, more than the kernel has room for; grouped heads, a window, wide heads.

@@ -33,7 +33,7 @@ def get_config() -> Config:
             ),
         ),
         optimizer=Optimizer(peak_learning_rate=4e-4, schedule="cosine", warmup_steps=2000),
-        # 0.5M tokens a step. With fewer microbatches or larger chunks of the loss, 16 GiB do not suffice.
+        # 0.5M tokens a step. By the formulas one microbatch would need 23 GiB.
         train=Train(steps=50_000, batch_size=128, microbatches=2, sequence_length=4096, z_loss=1e-4, loss_chunk=2048),
         checkpoint=Checkpoint(every=500, keep_every=10_000),
         evaluate=Evaluate(every=1000, batch_size=128, subset=512),

@@ -42,8 +42,8 @@ def unsharded(x: jax.Array) -> jax.Array:
 def has_fast_bfloat16_on_cpu(mesh: jax.sharding.Mesh) -> bool:
     """Whether an update of a dense model takes less time than in float32.
 
-    It does with one device, AMX and JAX 0.12 (1.6 times as fast at 6.8M parameters; before 0.12 products are computed
-    in float32, on simulated devices the gain is lost). That is asked, not measured at each start: a run that goes on
+    It does with one device, AMX and JAX 0.12 (docs/performance.md; before 0.12 products are computed in float32, on
+    simulated devices the gain is lost). That is asked, not measured at each start: a run that goes on
     must not change its type with the noise of a machine.
     """
     return mesh.size == 1 and jax.__version_info__ >= (0, 12) and _has_amx()
